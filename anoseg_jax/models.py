@@ -1,0 +1,240 @@
+"""Generator and discriminator of AnoSeg as pure functions of their variables.
+
+Images are float [b, h, w, 3] in [0, 1]; anomaly maps are float [b, h, w], 1 = anomalous. Layer
+tables are this project's own choice: the paper's are not known to it (docs/method.md).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Dtype = Any
+
+
+def add_coords(images: Array) -> Array:
+    """Appends the two coordinate channels (row, column), each from -1 to 1: [b, h, w, c + 2].
+
+    The third part of the method (arXiv 2110.03396): a convolution cannot know where it is.
+    """
+    b, h, w, _ = images.shape
+    rows = jnp.broadcast_to(jnp.linspace(-1, 1, h, dtype=images.dtype)[:, None], (h, w))
+    columns = jnp.broadcast_to(jnp.linspace(-1, 1, w, dtype=images.dtype)[None, :], (h, w))
+    coords = jnp.broadcast_to(jnp.stack([rows, columns], axis=-1), (b, h, w, 2))
+    return jnp.concatenate([images, coords], axis=-1)
+
+
+def space_to_depth(x: Array, block: int = 2) -> Array:
+    """Folds each block x block square of pixels into channels: [b, h/n, w/n, c * n * n]."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // block, block, w // block, block, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // block, w // block, block * block * c)
+
+
+def depth_to_space(x: Array, block: int = 2) -> Array:
+    """Inverse of `space_to_depth`: [b, h * n, w * n, c / (n * n)]."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, block, block, c // (block * block))
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * block, w * block, c // (block * block))
+
+
+def upsample(x: Array) -> Array:
+    """Doubles height and width, nearest neighbour: [b, 2 h, 2 w, c]."""
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+    return x.reshape(b, 2 * h, 2 * w, c)
+
+
+class ConvBlock(nn.Module):
+    """3x3 convolution, GroupNorm, leaky ReLU."""
+
+    features: int
+    stride: int = 1
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [b, h, w, c] to [b, h / stride, w / stride, features]."""
+        x = nn.Conv(
+            self.features,
+            (3, 3),
+            strides=self.stride,
+            use_bias=False,
+            kernel_init=nn.initializers.he_normal(),
+            dtype=self.dtype,
+        )(x)
+        # GroupNorm, not BatchNorm: an image's result depends on nothing else in its batch, so it
+        # is the same on any number of devices.
+        x = nn.GroupNorm(num_groups=8, dtype=self.dtype)(x)
+        return nn.leaky_relu(x, 0.1)
+
+
+class Reconstructor(nn.Module):
+    """Draws the part as it should look, through a bottleneck without skip connections.
+
+    Nothing but `latent` numbers for each cell of 2**depth x 2**depth pixels reaches the decoder: it
+    cannot copy what it has never seen.
+    """
+
+    width: int
+    depth: int
+    latent: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [b, h, w, c] to an image [b, h, w, 3] around 0.5, in float32, not clipped."""
+        x = space_to_depth(x.astype(self.dtype))  # [b, h/2, w/2, 4c]
+        widths = [self.width * min(2**level, 8) for level in range(self.depth)]
+        x = ConvBlock(widths[0], dtype=self.dtype)(x)
+        for features in widths[1:]:
+            x = ConvBlock(features, stride=2, dtype=self.dtype)(x)
+        x = nn.Conv(self.latent, (1, 1), dtype=self.dtype)(x)  # [b, h/2**depth, w/2**depth, latent]
+        x = ConvBlock(widths[-1], dtype=self.dtype)(x)
+        for features in widths[-2::-1]:
+            x = ConvBlock(features, dtype=self.dtype)(upsample(x))
+        x = nn.Conv(12, (3, 3), dtype=self.dtype)(x)
+        return depth_to_space(x).astype(jnp.float32) + 0.5  # [b, h, w, 3]
+
+
+class MapHead(nn.Module):
+    """An encoder-decoder with skip connections that draws the anomaly map."""
+
+    width: int
+    depth: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [b, h, w, c] to logits of the anomaly map [b, h, w], float32."""
+        x = space_to_depth(x.astype(self.dtype))  # [b, h/2, w/2, 4c]
+        widths = [self.width * min(2**level, 8) for level in range(self.depth)]
+        x = ConvBlock(widths[0], dtype=self.dtype)(x)
+        skips = []
+        for features in widths[1:]:
+            skips.append(x)
+            x = ConvBlock(features, stride=2, dtype=self.dtype)(x)
+            x = ConvBlock(features, dtype=self.dtype)(x)
+        for features in widths[-2::-1]:
+            # Narrowed before it is enlarged: the convolution that follows costs half as much.
+            x = upsample(nn.Conv(features, (1, 1), dtype=self.dtype)(x))
+            x = ConvBlock(features, dtype=self.dtype)(jnp.concatenate([x, skips.pop()], axis=-1))
+        # Starts at about 2 % anomalous, which is what a mask holds on average: the first steps are
+        # not spent on learning that most pixels are good.
+        x = nn.Conv(4, (3, 3), bias_init=nn.initializers.constant(-4.0), dtype=self.dtype)(x)
+        return depth_to_space(x)[..., 0].astype(jnp.float32)
+
+
+class Generator(nn.Module):
+    """Puts out an anomaly map and a reconstruction of the image.
+
+    Attributes:
+      width: channels at half the image's size; doubled at each halving, up to eight times.
+      depth: number of halvings; height and width must be multiples of 2**depth.
+      latent: channels of the reconstruction's bottleneck.
+      coords: appends the coordinate channels to what the networks see.
+      reconstruct: has a reconstruction; without one the map is drawn from the image alone and the
+        image stands in for its reconstruction.
+      dtype: of the computation; parameters and outputs are float32.
+    """
+
+    width: int = 32
+    depth: int = 4
+    latent: int = 32
+    coords: bool = True
+    reconstruct: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array) -> tuple[Array, Array]:
+        """Returns the map's logits [b, h, w] and the reconstruction [b, h, w, 3], both float32."""
+        check_size(images.shape[1:3], self.depth)
+        x = 2 * images - 1
+        x = add_coords(x) if self.coords else x
+        if not self.reconstruct:
+            return MapHead(self.width, self.depth, self.dtype)(x), images
+        reconstruction = Reconstructor(self.width, self.depth, self.latent, self.dtype)(x)
+        # The map is taught to read the reconstruction's errors, the reconstruction is not taught to
+        # make errors that suit the map.
+        seen = jax.lax.stop_gradient(reconstruction)
+        difference = jnp.abs(images - seen)
+        x = jnp.concatenate([x, 2 * seen - 1, 4 * difference], axis=-1)
+        map_logits = MapHead(self.width, self.depth, self.dtype)(x)
+        return map_logits, reconstruction
+
+
+class Discriminator(nn.Module):
+    """Tells real (image, anomaly map) pairs from generated ones, patch by patch."""
+
+    width: int = 32
+    depth: int = 4
+    coords: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array, maps: Array) -> Array:
+        """Maps images [b, h, w, 3] and maps [b, h, w] to logits [b, h/2**depth, w/2**depth]."""
+        x = 2 * jnp.concatenate([images, maps[..., None]], axis=-1) - 1
+        x = add_coords(x) if self.coords else x
+        x = space_to_depth(x.astype(self.dtype))  # [b, h/2, w/2, 4c]
+        x = nn.leaky_relu(nn.Conv(self.width, (3, 3), dtype=self.dtype)(x), 0.2)
+        for level in range(1, self.depth):
+            x = ConvBlock(self.width * min(2**level, 8), stride=2, dtype=self.dtype)(x)
+        return nn.Conv(1, (3, 3), dtype=self.dtype)(x)[..., 0].astype(jnp.float32)
+
+
+# What `config.model.name` may name.
+GENERATORS = {"Generator": Generator}
+
+
+def check_size(image_size: tuple[int, int], depth: int) -> None:
+    """Raises ValueError unless height and width are multiples of 2**depth."""
+    height, width = image_size
+    step = 2**depth
+    if height % step or width % step or min(height, width) < 1:
+        good = tuple(max(step, round(side / step) * step) for side in (height, width))
+        raise ValueError(
+            f"image_size {height}x{width} does not fit model.depth={depth}: height and width must "
+            f"be multiples of {step}, for example {good[0]}x{good[1]}"
+        )
+
+
+def create(model: Mapping[str, Any], loss: Mapping[str, Any]) -> tuple[nn.Module, nn.Module]:
+    """Returns the generator and discriminator that `config.model` and `config.loss` describe.
+
+    Raises ValueError if an option is out of range.
+    """
+    if model["width"] % 8 or model["discriminator_width"] % 8:
+        raise ValueError(
+            f"model.width={model['width']} and model.discriminator_width="
+            f"{model['discriminator_width']} must be multiples of 8, the groups of GroupNorm"
+        )
+    if model["dtype"] not in ("float32", "bfloat16"):
+        raise ValueError(f'model.dtype={model["dtype"]!r} must be "float32" or "bfloat16"')
+    if model["name"] not in GENERATORS:
+        raise ValueError(f"model.name={model['name']!r} must be one of {sorted(GENERATORS)}")
+    shared = {"coords": model["coords"], "dtype": jnp.dtype(model["dtype"])}
+    generator = GENERATORS[model["name"]](
+        width=model["width"],
+        depth=model["depth"],
+        latent=model["latent"],
+        reconstruct=bool(loss["reconstruction_weight"] or loss["adversarial_weight"]),
+        **shared,
+    )
+    discriminator = Discriminator(
+        width=model["discriminator_width"], depth=model["discriminator_depth"], **shared
+    )
+    return generator, discriminator
+
+
+def flops_per_image(generator: nn.Module, image_size: tuple[int, int]) -> float:
+    """Returns the floating-point operations of the generator for one image, as XLA counts them.
+
+    Of the program before optimisation: nothing is compiled or run.
+    """
+    images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    variables = jax.eval_shape(generator.init, jax.random.key(0), images)
+    return float(jax.jit(generator.apply).lower(variables, images).cost_analysis()["flops"])

@@ -1,0 +1,68 @@
+"""Options of a run: those of one category, and whether they fit together."""
+
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from anoseg_jax import defects, losses, models
+
+
+class OptionError(ValueError):
+    """An option that cannot work; the message is one line that names it and says what would."""
+
+
+def check(config: ConfigDict) -> None:
+    """Raises OptionError, naming the first option that cannot work, before anything is read."""
+    devices = jax.local_device_count()
+    if config.batch_size < 1 or config.batch_size % devices:
+        raise OptionError(
+            f"batch_size={config.batch_size} must be a multiple of the {devices} devices, for "
+            f"example {max(1, config.batch_size // devices) * devices}"
+        )
+    for key in ("num_steps", "log_every", "checkpoint_every"):
+        if config[key] < 1:
+            raise OptionError(f"{key}={config[key]} must be at least 1")
+    for key, value, choices in (
+        ("defects.preset", config.defects.preset, defects.PRESETS),
+        ("loss.segmentation", config.loss.segmentation, losses.SEGMENTATION),
+        ("loss.adversarial", config.loss.adversarial, losses.ADVERSARIAL),
+        ("dataset", config.dataset, ("folder", "mvtec_ad", "synthetic_ad")),
+    ):
+        if value not in choices:
+            raise OptionError(f"{key}={value!r} must be one of {', '.join(choices)}")
+    grid = config.defects.hard_augmentation.grid
+    if not 1 <= grid <= min(config.image_size):
+        raise OptionError(f"defects.hard_augmentation.grid={grid} must fit the image's pixels")
+    try:
+        models.create(config.model, config.loss)
+        models.check_size(config.image_size, config.model.depth)
+        models.check_size(config.image_size, config.model.discriminator_depth)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+
+
+def of_category(config: ConfigDict, category: str) -> ConfigDict:
+    """Returns the options of one category: those of the run, with its `category_options` applied.
+
+    Raises OptionError if `category_options` names an option that does not exist or cannot work.
+    """
+    changes = config.category_options.get(category, {})
+    config = config.copy_and_resolve_references()
+    config.unlock()
+    config.category_options = ConfigDict()
+    config.categories = (category,)
+    config.lock()
+    try:
+        config.update(changes)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise OptionError(f"category_options.{category}: {' '.join(str(error).split())}") from error
+    check(config)
+    return config
+
+
+def use_compilation_cache(folder: str) -> None:
+    """Keeps compiled programs in `folder` ("~" is the home) from run to run; "" keeps none."""
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -1,0 +1,90 @@
+"""From images to anomaly maps and image-level scores; needs neither TensorFlow nor the data."""
+
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from anoseg_jax import checkpoint, models
+
+
+def image_scores(maps: Array, top_fraction: float) -> Array:
+    """Returns the mean of each map's highest pixels, [b]: `top_fraction` of them, at least one.
+
+    A defect is small: the mean of the whole map would drown it, the single highest pixel is noise.
+    """
+    pixels = maps.reshape(maps.shape[0], -1)
+    count = max(1, round(top_fraction * pixels.shape[1]))
+    return jnp.mean(jax.lax.top_k(pixels, count)[0], axis=1)
+
+
+def predict_fn(
+    params: dict, images: Array, *, generator: nn.Module, top_fraction: float
+) -> tuple[Array, Array, Array]:
+    """Returns anomaly maps [b, h, w], image-level scores [b] and reconstructions [b, h, w, 3].
+
+    Args:
+      params: the generator's parameters.
+      images: uint8 [b, h, w, 3].
+      generator: the module.
+      top_fraction: of the pixels of a map that its score is the mean of.
+
+    All results are float32 in [0, 1]; reconstructions are clipped to it.
+    """
+    logits, reconstructions = generator.apply({"params": params}, images.astype(jnp.float32) / 255)
+    maps = nn.sigmoid(logits)
+    return maps, image_scores(maps, top_fraction), jnp.clip(reconstructions, 0, 1)
+
+
+class Predictor:
+    """A trained generator on all local devices.
+
+    Attributes:
+      params: the averaged weights of the generator.
+      config: the options it was trained with, as plain dicts.
+      record: what training recorded: seconds, parameters, FLOPs an image.
+      image_size: height and width of the images that it takes.
+    """
+
+    def __init__(self, category_dir: str | Path, top_fraction: float | None = None):
+        """Loads the newest checkpoint of `W/<category>`; FileNotFoundError if there is none.
+
+        `top_fraction` (see `predict_fn`) stands in for the one of the checkpoint's options.
+        """
+        self.params, self.config, self.record, self.step = checkpoint.restore_variables(
+            Path(category_dir) / "checkpoints"
+        )
+        self.image_size = tuple(self.config["image_size"])
+        generator, _ = models.create(self.config["model"], self.config["loss"])
+        mesh = Mesh(jax.local_devices(), ("batch",))
+        self._sharding = NamedSharding(mesh, PartitionSpec("batch"))
+        self._predict = jax.jit(
+            partial(
+                predict_fn,
+                generator=generator,
+                top_fraction=top_fraction or self.config["evaluate"]["top_fraction"],
+            )
+        )
+        self.params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
+
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns maps [b, h, w], scores [b] and reconstructions [b, h, w, 3] of uint8 images.
+
+        Raises ValueError if the images are not uint8 [b, h, w, 3] of `image_size`.
+        """
+        expected = (*self.image_size, 3)
+        if images.ndim != 4 or images.shape[1:] != expected or images.dtype != np.uint8:
+            raise ValueError(
+                f"images must be uint8 [b, {', '.join(map(str, expected))}], the size that the "
+                f"model was trained at; got {images.dtype} {list(images.shape)}"
+            )
+        # Filled up to a multiple of the devices, with copies of the last image.
+        count, devices = len(images), self._sharding.num_devices
+        padded = np.concatenate([images, np.repeat(images[-1:], -count % devices, axis=0)])
+        results = self._predict(self.params, jax.device_put(padded, self._sharding))
+        return tuple(np.asarray(result)[:count] for result in results)

@@ -1,0 +1,438 @@
+"""Training: one step of the three losses, and the loop around it."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from clu import parameter_overview
+from jax import Array
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from anoseg_jax import augment, checkpoint, defects, losses, models, train_state
+from anoseg_jax.train_state import Optimizers, TrainState
+
+# A resumed run may have other values of these and still be the same run.
+MAY_CHANGE = (
+    "num_steps log_every checkpoint_every resume dataset data_dir tfds_dir categories "
+    "category_options evaluate compilation_cache"
+).split()
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line that says why."""
+
+
+def draw_examples(
+    key: Array, images: Array, first: Array | int, *, augment_fn: Callable, defect_fn: Callable
+) -> tuple[Array, Array, Array]:
+    """Makes training examples of good images.
+
+    Args:
+      key: the step's PRNG key.
+      images: uint8 [b, h, w, 3], this device's part of the batch.
+      first: index of the first of them in the batch of all devices: each example has a key of its
+        own by that index, so that the number of devices does not change what is drawn.
+      augment_fn: `(key, image) -> image`, one good image to another.
+      defect_fn: `(key, image) -> (image, mask)`.
+
+    Returns:
+      Good images [b, h, w, 3] in [0, 1], the same with defects, and the defect masks [b, h, w].
+    """
+
+    def draw(index: Array, image: Array) -> tuple[Array, Array, Array]:
+        augment_key, defect_key = jax.random.split(jax.random.fold_in(key, index))
+        good = augment_fn(augment_key, image)
+        return good, *defect_fn(defect_key, good)
+
+    images = images.astype(jnp.float32) / 255
+    return jax.vmap(draw)(first + jnp.arange(len(images)), images)
+
+
+def loss_fn(
+    generator_params: Any,
+    discriminator_params: Any,
+    good: Array,
+    defective: Array,
+    masks: Array,
+    *,
+    generator: nn.Module,
+    discriminator: nn.Module,
+    loss: Mapping[str, Any],
+) -> tuple[tuple[Array, Array], dict[str, Array]]:
+    """Returns the losses of the generator and of the discriminator, and each term by name.
+
+    `loss` is `config.loss`. Terms whose weight is zero are not computed and have no name.
+    """
+    logits, reconstructions = generator.apply({"params": generator_params}, defective)
+    terms = {
+        "loss_segmentation": losses.SEGMENTATION[loss["segmentation"]](logits=logits, masks=masks)
+    }
+    total = loss["segmentation_weight"] * terms["loss_segmentation"]
+    discriminator_total = jnp.zeros(())
+    if loss["reconstruction_weight"]:
+        terms["loss_reconstruction"] = losses.masked_reconstruction(
+            reconstructions=reconstructions, images=good, masks=masks
+        )
+        total += loss["reconstruction_weight"] * terms["loss_reconstruction"]
+    if loss["adversarial_weight"]:
+        generator_side, discriminator_side = losses.ADVERSARIAL[loss["adversarial"]]
+        judge = partial(discriminator.apply, {"params": discriminator_params})
+        # Real pairs: a good image and an empty map. Generated pairs: the reconstruction, and the
+        # map where the image is good; where it is defective the map is right not to be empty.
+        fake_logits = judge(reconstructions, jax.nn.sigmoid(logits) * (1 - masks))
+        real_logits = judge(good, jnp.zeros_like(masks))
+        terms["loss_adversarial"] = generator_side(fake_logits=fake_logits)
+        total += loss["adversarial_weight"] * terms["loss_adversarial"]
+        discriminator_total = discriminator_side(real_logits=real_logits, fake_logits=fake_logits)
+        terms["loss_discriminator"] = discriminator_total
+    return (total, discriminator_total), terms
+
+
+def train_step(
+    state: TrainState,
+    images: Array,
+    key: Array,
+    *,
+    generator: nn.Module,
+    discriminator: nn.Module,
+    optimizers: Optimizers,
+    augment_fn: Callable,
+    defect_fn: Callable,
+    loss: Mapping[str, Any],
+    ema_decay: float,
+    axis_name: str | None = "batch",
+) -> tuple[TrainState, dict[str, Array]]:
+    """One step of both players; pure.
+
+    Args:
+      state: without a device axis.
+      images: uint8 [b, h, w, 3], this device's part of the batch.
+      key: the seed's PRNG key, the same at every step.
+      generator: the generator's module.
+      discriminator: the discriminator's module.
+      optimizers: one for each player.
+      augment_fn: see `draw_examples`.
+      defect_fn: see `draw_examples`.
+      loss: `config.loss`.
+      ema_decay: of the averaged weights, from 0 (no memory) to 1.
+      axis_name: of the `jax.pmap` this runs in; None outside one.
+
+    Returns:
+      The next state, and the losses and gradient norms of this step (float32 scalars).
+    """
+    mean = partial(jax.lax.pmean, axis_name=axis_name) if axis_name else lambda x: x
+    first = jax.lax.axis_index(axis_name) * len(images) if axis_name else 0
+    good, defective, masks = draw_examples(
+        jax.random.fold_in(key, state.step),
+        images,
+        first,
+        augment_fn=augment_fn,
+        defect_fn=defect_fn,
+    )
+
+    # One forward pass for both players: each takes the gradient of its own loss by its own
+    # parameters; XLA drops the other halves.
+    players_loss = partial(
+        loss_fn,
+        good=good,
+        defective=defective,
+        masks=masks,
+        generator=generator,
+        discriminator=discriminator,
+        loss=loss,
+    )
+    _, gradients_of, metrics = jax.vjp(
+        players_loss, state.generator, state.discriminator, has_aux=True
+    )
+    generator_gradients, _ = gradients_of((jnp.ones(()), jnp.zeros(())))
+    _, discriminator_gradients = gradients_of((jnp.zeros(()), jnp.ones(())))
+    generator_gradients, discriminator_gradients, metrics = mean(
+        (generator_gradients, discriminator_gradients, metrics)
+    )
+    metrics["gradient_norm_generator"] = optax.global_norm(generator_gradients)
+    metrics["gradient_norm_discriminator"] = optax.global_norm(discriminator_gradients)
+
+    generator_updates, generator_opt = optimizers.generator.update(
+        generator_gradients, state.generator_opt, state.generator
+    )
+    discriminator_updates, discriminator_opt = optimizers.discriminator.update(
+        discriminator_gradients, state.discriminator_opt, state.discriminator
+    )
+    generator_params = optax.apply_updates(state.generator, generator_updates)
+    # A shorter memory at first, or the average would still hold the initial weights.
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    return TrainState(
+        step=state.step + 1,
+        generator=generator_params,
+        discriminator=optax.apply_updates(state.discriminator, discriminator_updates),
+        generator_opt=generator_opt,
+        discriminator_opt=discriminator_opt,
+        ema=jax.tree.map(
+            lambda old, new: decay * old + (1 - decay) * new, state.ema, generator_params
+        ),
+    ), metrics
+
+
+def draw_panel(
+    params: Any, images: Array, key: Array, *, generator: nn.Module, draw: Callable
+) -> Array:
+    """Returns rows of (input, with defect, mask, map, reconstruction): [b, h, 5 w, 3] in [0, 1]."""
+    good, defective, masks = draw(key, images, 0)
+    logits, reconstructions = generator.apply({"params": params}, defective)
+    in_colour = lambda x: jnp.repeat(x[..., None], 3, axis=-1)  # noqa: E731
+    columns = [good, defective, in_colour(masks), in_colour(nn.sigmoid(logits)), reconstructions]
+    return jnp.clip(jnp.concatenate(columns, axis=2), 0, 1)
+
+
+def check_finite(metrics: Mapping[str, np.ndarray], last_step: int) -> None:
+    """Raises TrainingError naming the first step and the metrics that are not finite.
+
+    `metrics` hold one value a step, [steps], the last of them at `last_step`.
+    """
+    bad = {name: ~np.isfinite(values) for name, values in metrics.items()}
+    steps = np.flatnonzero(np.any(list(bad.values()), axis=0))
+    if len(steps):
+        names = ", ".join(name for name in metrics if bad[name][steps[0]])
+        step = last_step - len(next(iter(bad.values()))) + 1 + steps[0]
+        raise TrainingError(
+            f"not finite at step {step}: {names}; the last good checkpoint is kept. Try a smaller "
+            f"learning_rate or clip_norm, or model.dtype=float32"
+        )
+
+
+def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raises TrainingError naming every option that a resumed run must not change but does."""
+    different = [
+        f"{key} was {saved.get(key)}, is {config.get(key)}"
+        for key in sorted({*saved, *config} - set(MAY_CHANGE))
+        if saved.get(key) != config.get(key)
+    ]
+    if different:
+        raise TrainingError(
+            f"the checkpoint was trained with other options: {'; '.join(different)}; set them "
+            "back, or start in a new --workdir"
+        )
+
+
+def restore_or_create(
+    manager: checkpoint.Manager, config: ConfigDict, create: Callable[[], TrainState]
+) -> tuple[TrainState, dict]:
+    """Returns the state to start from and what was recorded up to there.
+
+    1. The newest checkpoint of this workdir; 2. that of `config.resume`; 3. a fresh state.
+    """
+    options = json.loads(config.to_json())
+    state, record = create(), {"train_seconds": 0.0}
+    if manager.latest_step() is not None:
+        state, saved, record = checkpoint.restore(manager, manager.latest_step(), state)
+        check_same_run(saved, options)
+    elif config.resume:
+        with checkpoint.create_manager(Path(config.resume) / "checkpoints", create=False) as other:
+            if other.latest_step() is None:
+                raise TrainingError(f"config.resume={config.resume}: no checkpoint there")
+            state, saved, record = checkpoint.restore(other, other.latest_step(), state)
+            check_same_run(saved, options)
+    return state, record
+
+
+def create_writer(category_dir: Path) -> Any:
+    """Returns a clu writer of TensorBoard events; brings in TensorFlow."""
+    from clu import metric_writers
+
+    return metric_writers.SummaryWriter(str(category_dir))
+
+
+def keep_log_until(path: Path, step: int) -> None:
+    """Drops the log's lines after `step`: a run that was killed may be ahead of its checkpoint."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.replace(path)
+
+
+LOSSES = ("loss_segmentation", "loss_adversarial", "loss_reconstruction", "loss_discriminator")
+
+
+def write_log_line(path: Path, line: dict[str, Any], bar: tqdm, num_steps: int) -> None:
+    """Appends the line to the log and shows it: on the bar, or as text where there is no terminal.
+
+    Losses that are switched off are null.
+    """
+    complete = {"step": line["step"]} | dict.fromkeys((*LOSSES, "images_per_second")) | line
+    with path.open("a") as log:
+        log.write(json.dumps(complete) + "\n")
+    terms = {name.removeprefix("loss_")[:3]: line[name] for name in LOSSES if name in line}
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
+    if not bar.disable:
+        bar.set_postfix_str(shown)
+        return
+    speed = line.get("images_per_second")
+    rate = f"  {speed:.1f} images/s" if speed else ""
+    print(f"step {line['step']}/{num_steps}  {shown}{rate}", flush=True)
+
+
+class Parts(NamedTuple):
+    """What a config describes, as functions: see `draw_examples`, `train_step`, `create_state`."""
+
+    generator: nn.Module
+    schedule: optax.Schedule
+    draw_examples: Callable  # (key, images, first)
+    train_step: Callable  # (state, images, key)
+    create_state: Callable  # ()
+
+
+def create_parts(config: ConfigDict) -> Parts:
+    """Binds the options of a config to the functions that training is made of."""
+    generator, discriminator = models.create(config.model, config.loss)
+    schedule = train_state.learning_rate_schedule(
+        config.learning_rate, config.num_steps, config.warmup_steps
+    )
+    optimizers = train_state.create_optimizers(
+        schedule,
+        weight_decay=config.weight_decay,
+        clip_norm=config.clip_norm,
+        discriminator_scale=config.discriminator_scale,
+    )
+    players = {
+        "generator": generator,
+        "discriminator": discriminator,
+        "optimizers": optimizers,
+    }
+    draw = {
+        "augment_fn": partial(augment.augment, **config.augment),
+        "defect_fn": partial(
+            defects.synthesize,
+            preset=config.defects.preset,
+            normal_fraction=config.defects.normal_fraction,
+            options={kind: config.defects[kind] for kind in defects.DEFECTS},
+        ),
+    }
+    return Parts(
+        generator=generator,
+        schedule=schedule,
+        draw_examples=partial(draw_examples, **draw),
+        train_step=partial(
+            train_step, loss=config.loss, ema_decay=config.ema_decay, **players, **draw
+        ),
+        create_state=partial(
+            train_state.create_state,
+            jax.random.key(config.seed),
+            tuple(config.image_size),
+            **players,
+        ),
+    )
+
+
+def fit(
+    config: ConfigDict,
+    train_batches: Callable[[int], Iterator[np.ndarray]],
+    category_dir: str | Path,
+    *,
+    writer: Any = None,
+) -> TrainState:
+    """Trains until `config.num_steps`, from where the last run of the same folder stopped.
+
+    Args:
+      config: the options of configs/default.py.
+      train_batches: given the number of steps done, returns the batches that follow: good images,
+        uint8 [config.batch_size, h, w, 3]. Must depend on that number alone.
+      category_dir: where checkpoints/, train_log.jsonl, config.json, parameters.txt are written.
+      writer: of clu.metric_writers, for TensorBoard; None writes none.
+
+    Raises:
+      TrainingError: a loss or a gradient is not finite (the last good checkpoint stays), the
+        options differ from those of the checkpoint, or the batches end early.
+    """
+    devices = jax.local_device_count()
+    parts = create_parts(config)
+    p_train_step = jax.pmap(
+        parts.train_step,
+        axis_name="batch",
+        in_axes=(None, 0, None),
+        out_axes=(None, 0),
+        donate_argnums=0,
+    )
+    panel = jax.jit(partial(draw_panel, generator=parts.generator, draw=parts.draw_examples))
+    draw_key = jax.random.fold_in(jax.random.key(config.seed), 1)
+
+    category_dir = Path(category_dir)
+    with checkpoint.create_manager(category_dir / "checkpoints") as manager:
+        state, record = restore_or_create(manager, config, jax.jit(parts.create_state))
+        start = int(state.step)
+        if start >= config.num_steps:
+            return state
+        record["parameters"] = sum(x.size for x in jax.tree.leaves(state.generator))
+        record["flops_per_image"] = models.flops_per_image(
+            parts.generator, tuple(config.image_size)
+        )
+        print(
+            f"generator: {record['parameters']:,} parameters, "
+            f"{record['flops_per_image'] / 1e9:.2f} GFLOP an image; {devices} x "
+            f"{jax.local_devices()[0].device_kind}"
+            + (f"; resumed at step {start}" if start else "")
+        )
+        overview = parameter_overview.get_parameter_overview(state.generator)
+        (category_dir / "parameters.txt").write_text(overview + "\n")
+        (category_dir / "config.json").write_text(config.to_json(indent=2) + "\n")
+        state = train_state.place(state)
+        log_path = category_dir / "train_log.jsonl"
+        keep_log_until(log_path, start)
+        earlier_seconds, began = record["train_seconds"], time.monotonic()
+        pending: list[dict[str, Array]] = []  # each step's metrics since the last line of the log
+        timed_step, timed_at = start + 1, None
+        bar = tqdm(initial=start, total=config.num_steps, disable=None, unit="step", leave=False)
+        steps = range(start + 1, config.num_steps + 1)
+        for step, images in zip(steps, train_batches(start), strict=False):
+            batch = images.reshape(devices, -1, *images.shape[1:])  # [devices, b, h, w, 3]
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = p_train_step(state, batch, draw_key)
+            pending.append(metrics)
+            bar.update()
+            if timed_at is None:  # The first step compiles: its time is not a speed.
+                jax.block_until_ready(metrics)
+                timed_at = time.monotonic()
+
+            save = step % config.checkpoint_every == 0 or step == config.num_steps
+            if save or step % config.log_every == 0:
+                stacked = {
+                    name: np.array([float(m[name][0]) for m in jax.device_get(pending)])
+                    for name in pending[0]
+                }
+                check_finite(stacked, step)
+                pending = []
+                now = time.monotonic()
+                line = {"step": step} | {name: values.mean() for name, values in stacked.items()}
+                line["learning_rate"] = float(parts.schedule(step - 1))
+                if step > timed_step:
+                    images_done = (step - timed_step) * config.batch_size
+                    line["images_per_second"] = images_done / (now - timed_at)
+                timed_step, timed_at = step, now
+                write_log_line(log_path, line, bar, config.num_steps)
+                if writer is not None:
+                    writer.write_scalars(step, {k: v for k, v in line.items() if k != "step"})
+            if save:
+                record["train_seconds"] = earlier_seconds + time.monotonic() - began
+                checkpoint.save(
+                    manager, state, step, config=json.loads(config.to_json()), record=record
+                )
+                if writer is not None:
+                    rows = panel(state.ema, images[:8], jax.random.fold_in(draw_key, step))
+                    writer.write_images(step, {"good|defective|mask|map|reconstruction": rows})
+                    writer.flush()
+                timed_at = time.monotonic()
+        bar.close()
+        if int(state.step) < config.num_steps:
+            raise TrainingError(f"the training images ended at step {int(state.step)}")
+    return state

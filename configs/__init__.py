@@ -1,0 +1,1 @@
+"""Configurations: `python launch.py --config=configs/NAME.py`."""

@@ -1,0 +1,23 @@
+"""The same method sized for two CPU cores: 128x128, about 15 minutes a category.
+
+python launch.py --config=configs/cpu.py:screw --config.data_dir=DIR --workdir=W
+"""
+
+from ml_collections import ConfigDict
+
+from configs import mvtec
+
+
+def get_config(categories: str = "all") -> ConfigDict:
+    """Returns the options; `categories` is "all" or names separated by commas."""
+    config = mvtec.get_config(categories)
+    config.image_size = (128, 128)
+    config.model.width = 16
+    config.model.depth = 4
+    config.batch_size = 16
+    config.num_steps = 600
+    config.warmup_steps = 50
+    config.checkpoint_every = 100
+    config.log_every = 20
+    config.ema_decay = 0.99
+    return config

@@ -1,0 +1,121 @@
+"""Every option once, with its unit and the reason for its value; other configs change a few.
+
+A value is set on the command line by its path: `--config.model.width=16`. An option that is not
+listed here is refused, and so is a value of another type.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the options that all configs start from: 256x256 images on an accelerator."""
+    config = ConfigDict()
+
+    # Data.
+    # "folder" reads the images of data_dir directly; "mvtec_ad" and "synthetic_ad" are the TFDS
+    # builders in data/ and train from the copy that TFDS prepares.
+    config.dataset = "folder"
+    # The folder that holds the category folders (for "mvtec_ad": TFDS's manual folder).
+    config.data_dir = ""
+    # Where TFDS keeps what it prepares; "" is its default (~/tensorflow_datasets).
+    config.tfds_dir = ""
+    # One after the other; ("all",) takes every category that is there.
+    config.categories = ("all",)
+    # Height and width in pixels that images are resized to: multiples of 2**model.depth.
+    config.image_size = (256, 256)
+
+    # Training.
+    config.seed = 0
+    # Of all devices together; must be a multiple of their number.
+    config.batch_size = 16
+    config.num_steps = 20_000
+    # In steps. What a kill can cost at most.
+    config.checkpoint_every = 1_000
+    config.log_every = 50
+    # A category folder of another workdir: its checkpoint is continued when this workdir has none.
+    config.resume = ""
+    # Adam's; falls to zero along half a cosine.
+    config.learning_rate = 1e-3
+    config.warmup_steps = 200
+    config.weight_decay = 1e-4
+    config.clip_norm = 1.0
+    # The discriminator's learning rate, relative to the generator's.
+    config.discriminator_scale = 0.2
+    # Of the averaged weights that are evaluated: a memory of about 1 / (1 - decay) steps.
+    config.ema_decay = 0.998
+
+    # Networks (models.py).
+    config.model = ConfigDict()
+    config.model.name = "Generator"
+    # Channels at half the image's size, a multiple of 8; doubled at each halving, up to 8 times.
+    config.model.width = 32
+    # Halvings: one cell of the bottleneck sees at least 2**depth pixels.
+    config.model.depth = 5
+    # Channels of the reconstruction's bottleneck: few, so that it cannot copy a defect.
+    config.model.latent = 32
+    # The coordinate channels (an ablation).
+    config.model.coords = True
+    # "float32" or "bfloat16": of the computation; parameters and losses are always float32.
+    config.model.dtype = "float32"
+    # Channels of the discriminator at half the image's size, and its halvings.
+    config.model.discriminator_width = 16
+    config.model.discriminator_depth = 4
+
+    # Losses (losses.py). A weight of zero switches a loss off; without both the adversarial and the
+    # reconstruction loss (an ablation) the generator draws the map from the image alone.
+    config.loss = ConfigDict()
+    config.loss.segmentation = "focal"  # or "l1", "bce"
+    config.loss.adversarial = "bce"  # or "hinge"
+    config.loss.segmentation_weight = 1.0
+    config.loss.adversarial_weight = 0.01
+    config.loss.reconstruction_weight = 1.0
+
+    # Synthetic defects (defects.py).
+    config.defects = ConfigDict()
+    # "paper", or "plain" for cut-and-paste without hard augmentation (an ablation).
+    config.defects.preset = "paper"
+    # Fraction of the images that are left normal.
+    config.defects.normal_fraction = 0.25
+    paste = {
+        "regions": 3,  # at most
+        "area": (0.0005, 0.05),  # smallest and largest, as fractions of the image
+        "aspect": 8.0,  # largest ratio of a region's sides
+        "opacity": (0.2, 1.0),  # smallest and largest
+        "min_change": 0.03,  # of 1; smaller changes are undone and not marked
+    }
+    config.defects.cut_and_paste = ConfigDict(paste)
+    config.defects.hard_augmentation = ConfigDict(paste)
+    config.defects.hard_augmentation.rotate_probability = 0.5
+    config.defects.hard_augmentation.permute_probability = 0.5
+    config.defects.hard_augmentation.jitter_probability = 0.5
+    # Patches a side when the copy is permuted.
+    config.defects.hard_augmentation.grid = 4
+    # Largest relative changes, either way; hue in degrees.
+    config.defects.hard_augmentation.brightness = 0.5
+    config.defects.hard_augmentation.contrast = 0.5
+    config.defects.hard_augmentation.saturation = 0.5
+    config.defects.hard_augmentation.hue = 90.0
+
+    # Changes that keep a good part good (augment.py). All off: it depends on the part.
+    config.augment = ConfigDict()
+    config.augment.flip_horizontal = False
+    config.augment.flip_vertical = False
+    config.augment.rotation = 0.0  # degrees, either way
+    config.augment.shift = 0.0  # of height and width, either way
+    config.augment.brightness = 0.0  # relative, either way
+
+    # By category: options of this file that differ there, for example
+    # {"screw": {"augment": {"flip_horizontal": True}}}.
+    config.category_options = ConfigDict()
+
+    # Evaluation.
+    config.evaluate = ConfigDict()
+    config.evaluate.batch_size = 32
+    # The image-level score is the mean of this fraction of the map's pixels, the highest ones.
+    config.evaluate.top_fraction = 0.005
+    # Of each kind (best, worst, missed); 0 writes none.
+    config.evaluate.pictures = 8
+
+    # Compiled programs are kept here between runs; "" keeps none.
+    config.compilation_cache = "~/.cache/anoseg_jax"
+    return config

@@ -1,0 +1,1 @@
+"""TFDS builder of a generated data set of industrial parts."""

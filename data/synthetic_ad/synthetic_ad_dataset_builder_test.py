@@ -1,0 +1,107 @@
+"""Tests of the generated data set and its builder."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from data import layout
+from data.synthetic_ad import drawing, synthetic_ad_dataset_builder
+
+CATEGORIES = ("weave", "grain", "washer", "capsule")
+
+
+class SyntheticAdTest(tfds.testing.DatasetBuilderTestCase):
+    """What TFDS asks of every builder."""
+
+    DATASET_CLASS = synthetic_ad_dataset_builder.Builder
+    # Nothing is read: any folder that exists will do.
+    EXAMPLE_DIR = str(Path(__file__).parent)
+    BUILDER_CONFIG_NAMES_TO_TEST = ["capsule"]
+    SPLITS = {"train": 64, "test": 36}
+
+
+@pytest.fixture(scope="module", params=CATEGORIES)
+def test_split(request):
+    return request.param, list(drawing.examples(request.param, "test"))
+
+
+def test_every_category_has_a_config():
+    assert tuple(synthetic_ad_dataset_builder.Builder.builder_configs) == CATEGORIES
+
+
+def test_masks_are_exactly_where_the_image_differs_from_its_good_twin(test_split):
+    _, examples = test_split
+    for example in examples:
+        changed = (example["image"] != example["twin"]).any(axis=-1)
+        np.testing.assert_array_equal(example["mask"], changed)
+
+
+def test_masks_hold_what_a_person_sees(test_split):
+    _, examples = test_split
+    for example in (example for example in examples if example["label"]):
+        difference = np.abs(example["image"].astype(int) - example["twin"]).max(axis=-1)
+        assert np.mean(difference[example["mask"]] > 10) > 0.85, example["name"]
+
+
+def test_defects_are_neither_tiny_nor_huge(test_split):
+    _, examples = test_split
+    shares = [example["mask"].mean() for example in examples if example["label"]]
+    assert len(shares) == 24
+    assert 0.005 <= min(shares) and max(shares) <= 0.06
+
+
+def test_good_examples_are_their_own_twins_with_empty_masks(test_split):
+    _, examples = test_split
+    good = [example for example in examples if example["defect_type"] == "good"]
+    assert len(good) == 12
+    for example in good:
+        assert example["label"] == 0 and not example["mask"].any()
+        np.testing.assert_array_equal(example["image"], example["twin"])
+
+
+def test_every_defect_type_of_a_category_occurs_equally_often(test_split):
+    category, examples = test_split
+    types = [example["defect_type"] for example in examples if example["label"]]
+    assert {name: types.count(name) for name in types} == dict.fromkeys(
+        drawing.CATEGORIES[category][1], 8
+    )
+
+
+def test_no_two_images_are_the_same(test_split):
+    category, examples = test_split
+    images = examples + [drawing.draw(category, "train", index) for index in range(8)]
+    hashes = {hashlib.sha256(example["image"].tobytes()).hexdigest() for example in images}
+    assert len(hashes) == len(images)
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_an_example_depends_on_its_place_in_the_data_set_alone(category):
+    first = drawing.draw(category, "test", 13)
+    np.random.default_rng(0).standard_normal(3)
+    drawing.draw(category, "train", 5)
+    second = drawing.draw(category, "test", 13)
+    np.testing.assert_array_equal(first["image"], second["image"])
+    np.testing.assert_array_equal(first["mask"], second["mask"])
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_good_parts_vary(category):
+    images = [drawing.draw(category, "train", index)["image"] / 255 for index in range(4)]
+    for other in images[1:]:
+        # Above what the camera's noise alone, 0.008, would give.
+        assert np.abs(images[0] - other).mean() > 0.02
+
+
+def test_the_written_folders_are_read_as_they_were_drawn(tmp_path):
+    drawing.write(tmp_path, "washer")
+    category = layout.scan(tmp_path / "washer")
+    assert not category.errors and not category.warnings
+    assert (len(category.train), len(category.test)) == (64, 36)
+    drawn = {example["name"]: example for example in drawing.examples("washer", "test")}
+    for example in category.test:
+        read = layout.load(example)
+        np.testing.assert_array_equal(read["image"], drawn[example.name]["image"])
+        np.testing.assert_array_equal(read["mask"], drawn[example.name]["mask"])

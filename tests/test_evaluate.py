@@ -1,0 +1,165 @@
+"""Results: what is measured, what is not available, and the files."""
+
+import csv
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from anoseg_jax import evaluate, predict, report
+
+
+class FixedPredictor:
+    """Says of each image that its red channel is its anomaly map."""
+
+    image_size = (4, 4)
+    params = {"w": np.ones(2, np.float32)}
+    step = 3
+    record = {"train_seconds": 1.5, "parameters": 2, "flops_per_image": 8.0}
+
+    def __call__(self, images):
+        maps = images[..., 0].astype(np.float32) / 255
+        return maps, maps.max(axis=(1, 2)), images / 255
+
+
+def batch(*, reds, masks, labels, types):
+    images = np.zeros((len(reds), 4, 4, 3), np.uint8)
+    images[..., 0] = np.array(reds)
+    known = [mask is not None for mask in masks]
+    masks = [np.zeros((4, 4), bool) if mask is None else mask for mask in masks]
+    names = [f"test/{kind}/{index}.png" for index, kind in enumerate(types)]
+    return {
+        "image": images,
+        "mask": np.array(masks),
+        "has_mask": np.array(known),
+        "label": np.array(labels),
+        "defect_type": np.array(types),
+        "name": np.array(names),
+    }
+
+
+CORNER = np.zeros((4, 4), bool)
+CORNER[:2, :2] = True
+
+
+@pytest.fixture
+def found():
+    """Two good images, black, and a defective one whose map is right but for one extra pixel."""
+    red = 200 * CORNER.astype(np.uint8)
+    red[3, 3] = 200
+    nothing = np.zeros((4, 4), np.uint8)
+    return batch(
+        reds=[nothing, nothing, red],
+        masks=[np.zeros((4, 4), bool), np.zeros((4, 4), bool), CORNER],
+        labels=[0, 0, 1],
+        types=["good", "good", "dent"],
+    )
+
+
+def test_results_by_hand(found):
+    evaluation = evaluate.evaluate(FixedPredictor(), [found])
+    results = evaluation.results
+    assert results["image_auroc"] == 1.0
+    assert results["iou"] == pytest.approx(4 / 5)
+    assert results["iou_threshold"] == pytest.approx(200 / 255)
+    assert results["pixel_f1_max"] == pytest.approx(2 * 0.8 / 1.8)
+    assert results["pixel_ap"] == pytest.approx(4 / 5)
+    # 4 defective pixels; of 44 normal ones 1 ties with them and 43 are below.
+    assert results["pixel_auroc"] == pytest.approx((43 + 0.5) / 44)
+    assert results["not_available"] == {}
+    assert [row["iou"] for row in evaluation.images] == [None, None, pytest.approx(4 / 5)]
+    assert results["steps"] == 3 and results["train_seconds"] == 1.5
+
+
+def test_batches_do_not_change_the_results(found):
+    whole = evaluate.evaluate(FixedPredictor(), [found]).results
+    parts = [{key: values[i : i + 1] for key, values in found.items()} for i in range(3)]
+    assert evaluate.evaluate(FixedPredictor(), parts).results == whole
+
+
+def test_without_masks_the_image_metrics_are_left_and_the_rest_has_a_reason(found):
+    found["has_mask"][2] = False
+    results = evaluate.evaluate(FixedPredictor(), [found]).results
+    assert results["image_auroc"] == 1.0
+    assert results["pixel_auroc"] is None and results["pixel_auroc"] is None
+    assert "defect" in results["not_available"]["pixel_auroc"]
+    assert "image_auroc" not in results["not_available"]
+
+
+def test_good_images_alone_have_no_auroc(found):
+    good = {key: values[:2] for key, values in found.items()}
+    results = evaluate.evaluate(FixedPredictor(), [good]).results
+    assert results["image_auroc"] is None and results["iou"] is None
+    assert set(evaluate.METRICS) <= set(results["not_available"])
+
+
+def test_no_test_images_at_all_are_null_with_a_reason():
+    results = evaluate.evaluate(FixedPredictor(), []).results
+    assert all(results[metric] is None for metric in evaluate.METRICS)
+    assert set(evaluate.METRICS) <= set(results["not_available"])
+
+
+def test_result_files_hold_all_categories_and_their_mean(found, tmp_path):
+    results = evaluate.evaluate(FixedPredictor(), [found]).results
+    worse = results | {"image_auroc": 0.5, "iou": None, "not_available": {"iou": "no masks"}}
+    evaluate.write_results(tmp_path, "bolt", results, "{}")
+    evaluate.write_results(tmp_path, "nut", worse, "{}")
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert list(written["categories"]) == ["bolt", "nut"]
+    assert written["mean"]["image_auroc"] == 0.75
+    assert written["mean"]["iou"] == results["iou"]  # of those that have one
+    assert len(written["config_sha256"]) == 64 and written["versions"]["jax"]
+    table = (tmp_path / "results.md").read_text()
+    assert "| nut | 0.5000 |" in table and "- nut: iou: no masks" in table
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_table_of_images_is_written_whole(found, tmp_path):
+    evaluate.write_images(
+        tmp_path / "images.csv", evaluate.evaluate(FixedPredictor(), [found]).images
+    )
+    rows = list(csv.DictReader((tmp_path / "images.csv").open()))
+    assert [row["name"] for row in rows] == list(found["name"])
+    assert rows[0]["iou"] == "" and float(rows[2]["iou"]) == pytest.approx(0.8)
+
+
+def test_pictures_are_of_the_best_the_worst_the_missed_and_the_mistaken(tmp_path):
+    flat, corner = np.ones((4, 4), np.uint8), CORNER.astype(np.uint8)
+    images = batch(
+        reds=[10 * flat, 10 * flat, 230 * flat, 250 * corner, 235 * flat, 220 * corner, 5 * flat],
+        masks=[np.zeros((4, 4), bool)] * 3 + [CORNER] * 4,
+        labels=[0, 0, 0, 1, 1, 1, 1],
+        types=["good"] * 3 + ["dent"] * 4,
+    )
+    evaluation = evaluate.evaluate(FixedPredictor(), [images])
+    assert evaluation.results["image_f1_max_threshold"] == pytest.approx(220 / 255)
+    chosen = report.choose(evaluation, 1)
+    assert chosen == {"best": [3], "worst": [6], "missed": [6], "false_alarm": [2]}
+    for _ in range(2):  # the second time replaces the first
+        report.write_pictures(tmp_path / "pictures", evaluation, images, 1)
+    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert names == [
+        "best_00_dent_3.png",
+        "false_alarm_00_good_2.png",
+        "missed_00_dent_6.png",
+        "worst_00_dent_6.png",
+    ]
+
+
+def test_the_hash_is_of_names_shapes_and_values():
+    params = {"a": np.arange(4.0), "b": np.zeros(2)}
+    digest = evaluate.params_sha256(params)
+    assert digest == evaluate.params_sha256({"b": np.zeros(2), "a": params["a"].copy()})
+    others = [
+        {"a": np.arange(4.0) + 1e-12, "b": np.zeros(2)},
+        {"a": np.arange(4.0).reshape(2, 2), "b": np.zeros(2)},
+        {"c": np.arange(4.0), "b": np.zeros(2)},
+    ]
+    assert digest not in {evaluate.params_sha256(other) for other in others}
+
+
+def test_the_image_score_is_the_mean_of_the_highest_pixels():
+    maps = jnp.arange(16.0).reshape(1, 4, 4)
+    assert predict.image_scores(maps, 0.25)[0] == pytest.approx((12 + 13 + 14 + 15) / 4)
+    assert predict.image_scores(maps, 1e-9)[0] == 15

@@ -1,0 +1,64 @@
+"""Who may import whom (docs/architecture.md), read from the files."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Each module may import those after it; the leaves import none of them.
+ORDER = ("report", "evaluate", "train", "options", "predict", "train_state")
+LEAVES = ("models", "augment", "defects", "losses", "metrics", "checkpoint", "input_pipeline")
+TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorboard"}
+CLU_WITH_TENSORFLOW = {"clu.metric_writers", "clu.periodic_actions"}
+
+
+def imports(path, *, only_top_level=False):
+    tree = ast.parse(path.read_text())
+    names = set()
+    for node in tree.body if only_top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def siblings(path):
+    return {
+        name.split(".")[1]
+        for name in imports(path)
+        if name.startswith("anoseg_jax.") and len(name.split(".")) > 1
+    }
+
+
+def test_every_module_has_its_place():
+    there = {path.stem for path in (ROOT / "anoseg_jax").glob("*.py")} - {"__init__"}
+    assert there == {*ORDER, *LEAVES}
+
+
+@pytest.mark.parametrize("module", LEAVES)
+def test_a_leaf_imports_no_sibling(module):
+    assert not siblings(ROOT / "anoseg_jax" / f"{module}.py")
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_go_down_the_list_only(module):
+    below = {*ORDER[ORDER.index(module) + 1 :], *LEAVES} - {"input_pipeline"}
+    assert siblings(ROOT / "anoseg_jax" / f"{module}.py") <= below
+
+
+def test_only_launch_and_data_import_data_and_nothing_imports_configs():
+    for path in (ROOT / "anoseg_jax").glob("*.py"):
+        tops = {name.split(".")[0] for name in imports(path)}
+        assert not tops & {"data", "configs", "tests"}, path
+    assert not any(n.startswith("configs") for n in imports(ROOT / "launch.py"))
+
+
+def test_tensorflow_has_one_door():
+    for path in (ROOT / "anoseg_jax").glob("*.py"):
+        if path.stem == "input_pipeline":
+            continue
+        names = imports(path, only_top_level=True)
+        assert not {name.split(".")[0] for name in names} & TENSORFLOW, path
+        assert not {".".join(name.split(".")[:2]) for name in names} & CLU_WITH_TENSORFLOW, path

@@ -1,0 +1,102 @@
+"""From files to batches: sizes, order, and that nothing is lost."""
+
+import numpy as np
+import pytest
+
+from anoseg_jax import input_pipeline
+
+
+def example(index, *, size=(8, 8), mask=None):
+    image = np.full((*size, 3), index, np.uint8)
+    name = f"test/x/{index}.png"
+    return {"image": image, "mask": mask, "label": 1, "defect_type": "x", "name": name}
+
+
+def load_all(examples, size):
+    dataset = input_pipeline.from_files(examples, load=lambda x: x)
+    return input_pipeline.load_arrays(dataset, size)
+
+
+def test_images_of_several_sizes_come_in_order_at_one_size():
+    examples = [example(3, size=(8, 8)), example(7, size=(5, 9)), example(200, size=(16, 32))]
+    arrays = load_all(examples, (4, 6))
+    assert arrays["image"].shape == (3, 4, 6, 3) and arrays["image"].dtype == np.uint8
+    np.testing.assert_array_equal(arrays["image"][:, 0, 0, 0], [3, 7, 200])
+    assert arrays["name"].tolist() == ["test/x/3.png", "test/x/7.png", "test/x/200.png"]
+
+
+def test_an_example_without_ground_truth_is_told_from_one_with_an_empty_mask():
+    arrays = load_all([example(0), example(1, mask=np.zeros((8, 8), bool))], (8, 8))
+    assert arrays["has_mask"].tolist() == [False, True]
+
+
+def test_no_examples_make_empty_arrays_of_the_same_keys():
+    some, none = load_all([example(1)], (8, 8)), load_all([], (8, 8))
+    assert none.keys() == some.keys()
+    for key, values in none.items():
+        assert values.shape == (0, *some[key].shape[1:])
+
+
+def test_enlarged_and_reduced_images_are_antialiased():
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    reduced = input_pipeline.resize_image(stripes, (16, 16))
+    assert np.all(np.abs(reduced[:, 1:-1].astype(int) - 127) <= 3)  # not all black or white
+
+
+def test_masks_are_resized_by_nearest_neighbour():
+    mask = np.zeros((8, 8), bool)
+    mask[:4, 4:] = True
+    resized = input_pipeline.resize_mask(mask, (4, 4))
+    np.testing.assert_array_equal(resized, mask[::2, ::2])
+    np.testing.assert_array_equal(input_pipeline.resize_mask(resized, (8, 8)), mask)
+
+
+@pytest.mark.parametrize("pixel", [(0, 0), (50, 31), (99, 99), (13, 78)])
+def test_a_defect_of_one_pixel_never_vanishes(pixel):
+    mask = np.zeros((100, 100), bool)
+    mask[pixel] = True
+    resized = input_pipeline.resize_mask(mask, (9, 7))
+    assert 1 <= resized.sum() <= 4
+    assert resized[pixel[0] * 9 // 100, pixel[1] * 7 // 100]
+
+
+def test_every_epoch_shows_each_image_once_in_an_order_of_its_own():
+    order = [
+        input_pipeline.batch_order(count=5, batch_size=4, seed=1, step=step) for step in range(15)
+    ]
+    epochs = np.concatenate(order).reshape(12, 5)
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 6
+
+
+def test_the_order_is_a_function_of_seed_and_step():
+    def order(**kwargs):
+        return input_pipeline.batch_order(**{"count": 20, "batch_size": 8, **kwargs}).tolist()
+
+    assert order(seed=1, step=3) == order(seed=1, step=3)
+    assert order(seed=1, step=3) != order(seed=2, step=3)
+    assert order(seed=1, step=3) != order(seed=1, step=4)
+
+
+def test_a_resumed_run_sees_the_batches_that_an_uninterrupted_one_sees():
+    images = np.arange(7 * 3, dtype=np.uint8).reshape(7, 1, 1, 3)
+    whole = input_pipeline.train_batches(images, 0, batch_size=3, seed=5)
+    first = [next(whole) for _ in range(6)]
+    resumed = input_pipeline.train_batches(images, 4, batch_size=3, seed=5)
+    for expected, batch in zip(first[4:], resumed, strict=False):
+        assert batch.dtype == np.uint8
+        np.testing.assert_array_equal(batch, expected)
+
+
+def test_a_single_image_fills_whole_batches():
+    images = np.full((1, 2, 2, 3), 9, np.uint8)
+    assert next(input_pipeline.train_batches(images, 0, batch_size=4, seed=0)).shape == (4, 2, 2, 3)
+
+
+def test_test_batches_hold_every_image_once():
+    arrays = load_all([example(i) for i in range(5)], (4, 4))
+    batches = list(input_pipeline.test_batches(arrays, 2))
+    assert [len(batch["label"]) for batch in batches] == [2, 2, 1]
+    names = np.concatenate([batch["name"] for batch in batches])
+    np.testing.assert_array_equal(names, arrays["name"])

@@ -1,0 +1,187 @@
+"""The command as people use it: its files, its exit codes, its errors, and kill -9."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
+
+
+def launch(*arguments, cwd=ROOT):
+    return subprocess.run(command(*arguments), cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """One category in the folder layout: stripes, of which a square is missing in defective ones."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+
+    def write(path, defect=None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = rng.integers(90, 160, (40, 40, 3), np.uint8)
+        image[:, ::4] //= 2
+        mask = np.zeros((40, 40), np.uint8)
+        if defect:
+            image[10:20, 15:25] = 255
+            mask[10:20, 15:25] = 255
+            truth = root / "bolt" / "ground_truth" / defect / f"{path.stem}_mask.png"
+            truth.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(truth)
+        Image.fromarray(image).save(path)
+
+    for index in range(6):
+        write(root / "bolt" / "train" / "good" / f"{index:03d}.png")
+    for index in range(3):
+        write(root / "bolt" / "test" / "good" / f"{index:03d}.png")
+        write(root / "bolt" / "test" / "hole" / f"{index:03d}.png", defect="hole")
+    return root
+
+
+def arguments(data_dir, workdir, *more):
+    return (
+        "--config=configs/test.py",
+        f"--config.data_dir={data_dir}",
+        f"--workdir={workdir}",
+        *more,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished")
+    done = launch(*arguments(data_dir, workdir))
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_one_command_trains_evaluates_and_writes_all_its_files(finished):
+    workdir, done = finished
+    results = json.loads((workdir / "results.json").read_text())
+    assert results.keys() == {"categories", "mean", "config_sha256", "versions", "device"}
+    bolt = results["categories"]["bolt"]
+    for metric in ("image_auroc", "pixel_auroc", "pixel_ap", "iou", "pixel_f1_max", "au_pro"):
+        assert 0 <= bolt[metric] <= 1
+        assert results["mean"][metric] == bolt[metric]
+    assert len(bolt["params_sha256"]) == 64 and bolt["train_seconds"] > 0
+    assert bolt["parameters"] > 0 and bolt["flops_per_image"] > 0
+    assert "| bolt |" in (workdir / "results.md").read_text()
+    folder = workdir / "bolt"
+    assert [line["step"] for line in map(json.loads, open(folder / "train_log.jsonl"))] == [2, 4, 6]
+    assert json.loads((folder / "config.json").read_text())["num_steps"] == 6
+    assert len(list(folder.glob("events.*"))) == 1
+    assert len(list((folder / "pictures").glob("*.png"))) >= 4
+    assert len(list(csv.DictReader(open(folder / "images.csv")))) == 6
+    assert "Reconstructor" in (folder / "parameters.txt").read_text()
+    assert str(workdir / "results.md") in done.stdout and "step 6/6" in done.stdout
+
+
+def test_the_same_command_again_trains_nothing_and_gives_the_same_results(finished, data_dir):
+    workdir, _ = finished
+    before = json.loads((workdir / "results.json").read_text())
+    again = launch(*arguments(data_dir, workdir))
+    assert again.returncode == 0 and "step " not in again.stdout
+    assert json.loads((workdir / "results.json").read_text()) == before
+
+
+def test_evaluate_works_from_checkpoints_alone(finished, data_dir, tmp_path):
+    workdir, _ = finished
+    before = json.loads((workdir / "results.json").read_text())
+    (workdir / "results.json").unlink()
+    done = launch(*arguments(data_dir, workdir, "--mode=evaluate"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((workdir / "results.json").read_text()) == before
+    missing = launch(*arguments(data_dir, tmp_path, "--mode=evaluate"))
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("error: bolt: no checkpoint in")
+    assert missing.stderr.count("\n") == 1
+
+
+def test_kill_9_in_mid_training_and_the_same_command_again_change_nothing(data_dir, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    more = ("--config.num_steps=40", "--config.checkpoint_every=5", "--config.evaluate.pictures=0")
+    assert launch(*arguments(data_dir, whole, *more)).returncode == 0
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen(
+            command(*arguments(data_dir, killed, *more)), cwd=ROOT, stdout=out, stderr=out
+        )
+    checkpoints = killed / "bolt" / "checkpoints"
+    while process.poll() is None and not (checkpoints / "10").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "results.json").exists(), "it was over before it could be killed"
+    resumed = launch(*arguments(data_dir, killed, *more))
+    assert resumed.returncode == 0 and "resumed at step" in resumed.stdout
+    expected, results = (
+        json.loads((folder / "results.json").read_text())["categories"]["bolt"]
+        for folder in (whole, killed)
+    )
+    for category in (expected, results):
+        category.pop("train_seconds")
+    assert results == expected
+
+
+def test_check_reports_without_training(data_dir):
+    done = launch("--config=configs/test.py", f"--config.data_dir={data_dir}", "--mode=check")
+    assert done.returncode == 0, done.stderr
+    assert "bolt" in done.stdout and "6 good" in done.stdout and "3 hole" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: needs --config=FILE --workdir=DIR"),
+        (["--config=configs/none.py", "--workdir=w"], "configs/none.py"),
+        (["--config=configs/test.py", "--workdir=w", "--config.foo=1"], "no option 'foo'"),
+        (["--config=configs/test.py", "--workdir=w", "--config.num_steps=x"], "config.num_steps=x"),
+        (["--config=configs/test.py", "--workdir=w", "--nope"], "nope"),
+        (["--config=configs/test.py", "--mode=check", "--config.data_dir=/none"], "/none"),
+        (["--config=configs/folder.py:a:b", "--workdir=w"], "the size can only be cpu"),
+    ],
+)
+def test_errors_of_use_are_one_line(arguments, message):
+    done = launch(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr
+
+
+def test_a_bad_file_is_named_before_training(data_dir, tmp_path):
+    broken = tmp_path / "bolt" / "train" / "good" / "000.png"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"")
+    done = launch(*arguments(tmp_path, tmp_path / "w"))
+    assert done.returncode == 2
+    assert done.stderr == f"error: {broken}: is empty (0 bytes): copy it again or remove it\n"
+    assert not (tmp_path / "w").exists()
+
+
+def test_help_needs_neither_jax_nor_tensorflow():
+    program = """
+import runpy, sys
+sys.argv = ["launch.py", "--help"]
+try:
+    runpy.run_path("launch.py", run_name="__main__")
+except SystemExit:
+    pass
+loaded = {name.split(".")[0] for name in sys.modules} & {"jax", "tensorflow", "flax", "orbax"}
+print("loaded:", sorted(loaded))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "--workdir" in done.stdout and "loaded: []" in done.stdout

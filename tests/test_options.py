@@ -1,0 +1,72 @@
+"""Configs and what they refuse, before anything is read."""
+
+import importlib
+
+import pytest
+
+from anoseg_jax import options
+from configs import folder, mvtec
+from configs import test as test_config
+
+
+@pytest.mark.parametrize("name", ["default", "mvtec", "cpu", "folder", "synthetic", "test"])
+def test_every_config_can_be_run(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.batch_size = 16
+    options.check(config)
+    for category in config.categories:
+        options.of_category(config, category)
+
+
+def test_categories_are_picked_by_name():
+    assert mvtec.get_config("screw,tile").categories == ("screw", "tile")
+    assert len(mvtec.get_config().categories) == 15
+    assert folder.get_config("bolt:cpu").image_size == (128, 128)
+    with pytest.raises(ValueError, match="cpu"):
+        folder.get_config("bolt:gpu")
+
+
+def test_options_of_a_category_stand_in_for_those_of_the_run():
+    config = mvtec.get_config("screw,cable")
+    assert options.of_category(config, "screw").augment.flip_horizontal
+    assert not options.of_category(config, "cable").augment.flip_horizontal
+    assert not config.augment.flip_horizontal
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 6}, r"batch_size=6 .*4 devices.*example 4"),
+        ({"batch_size": 0}, r"batch_size=0 .*example 4"),
+        ({"num_steps": 0}, "num_steps=0"),
+        ({"log_every": 0}, "log_every=0"),
+        ({"image_size": (30, 32)}, r"30x32.*model.depth=2.*multiples of 4"),
+        ({"dataset": "mvtec"}, "dataset='mvtec' must be one of folder, mvtec_ad, synthetic_ad"),
+        ({"defects.preset": "hard"}, "defects.preset='hard'"),
+        ({"defects.hard_augmentation.grid": 40}, "grid=40"),
+        ({"loss.segmentation": "dice"}, "loss.segmentation='dice'"),
+        ({"loss.adversarial": "wgan"}, "loss.adversarial='wgan'"),
+        ({"model.width": 20}, "model.width=20"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_key_value_and_remedy(changes, message):
+    config = test_config.get_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(options.OptionError, match=message) as caught:
+        options.check(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_option_of_a_category_is_refused():
+    config = test_config.get_config()
+    config.category_options.bolt = {"augmentation": {"flip_horizontal": True}}
+    with pytest.raises(options.OptionError, match="category_options.bolt.*augmentation"):
+        options.of_category(config, "bolt")
+
+
+def test_an_unknown_key_and_a_wrong_type_fail_at_once():
+    config = test_config.get_config().lock()
+    with pytest.raises((AttributeError, KeyError)):
+        config.learning_rat = 1.0
+    with pytest.raises(TypeError):
+        config.num_steps = "many"
