@@ -21,7 +21,7 @@ flags.DEFINE_enum("mode", "train", ("train", "evaluate", "check"),
 
 def run_category(config, category_dir, train_set, test_set):
     """Trains (unless --mode=evaluate) and evaluates one category; returns its results."""
-    from anoseg_jax import evaluate, input_pipeline, predict, report, train
+    from anoseg_jax import evaluate, input_pipeline, pictures, predict, train
 
     category_dir.mkdir(parents=True, exist_ok=True)
     if FLAGS.mode == "train":
@@ -33,8 +33,8 @@ def run_category(config, category_dir, train_set, test_set):
     arrays = input_pipeline.load_arrays(test_set, predictor.image_size)
     batches = input_pipeline.test_batches(arrays, config.evaluate.batch_size)
     evaluation = evaluate.evaluate(predictor, batches)
-    evaluate.write_images(category_dir / "images.csv", evaluation.images)
-    report.write_pictures(category_dir / "pictures", evaluation, arrays, config.evaluate.pictures)
+    evaluate.write_evaluation(category_dir, evaluation, arrays)
+    pictures.write_pictures(category_dir / "pictures", evaluation, arrays, config.evaluate.pictures)
     return evaluation.results
 
 

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import importlib.metadata
+import io
 import json
 import platform
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from anoseg_jax.predict import Predictor
 
 # The columns of results.md and what their mean is taken of.
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "iou", "pixel_f1_max", "au_pro")
+CURVE_POINTS = 200
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
 
 
@@ -31,11 +33,13 @@ class Evaluation:
       images: a dict an image: name, defect_type, label, score, has_mask and iou (at
         `iou_threshold`; None without a mask or a threshold).
       maps: uint8 [n, h, w], the anomaly maps times 255: for pictures, not for metrics.
+      curves: for plotting: "roc", "pr", "pro", "iou" of metrics.segmentation_metrics.
     """
 
     results: dict[str, Any]
     images: list[dict[str, Any]]
     maps: np.ndarray
+    curves: dict[str, dict[str, list[float]]]
 
 
 def params_sha256(params: Any) -> str:
@@ -72,8 +76,12 @@ def evaluate(predictor: Predictor, batches: Iterable[dict[str, np.ndarray]]) -> 
                 batch["name"], batch["defect_type"], batch["label"], strict=True
             )
         ]
-    pixel = metrics.segmentation_metrics(maps, masks)
-    image = metrics.image_metrics(np.array(scores), np.array([x["label"] for x in images], int))
+    types = [row["defect_type"] for row in images]
+    labels = np.array([row["label"] for row in images], int)
+    pixel = metrics.segmentation_metrics(maps, masks, defect_types=types, curve_points=CURVE_POINTS)
+    curves = pixel.pop("curves")
+    pixel.pop("at_threshold")
+    image = metrics.image_metrics(np.array(scores), labels)
     threshold = pixel["iou_threshold"]
     for row, score, image_map, mask in zip(images, scores, maps, masks, strict=True):
         measurable = mask is not None and threshold is not None
@@ -82,6 +90,10 @@ def evaluate(predictor: Predictor, batches: Iterable[dict[str, np.ndarray]]) -> 
         row["iou"] = image_iou(image_map, mask, threshold) if measurable else None
     results = image | pixel
     results["not_available"] = image["not_available"] | pixel["not_available"]
+    results["defect_types"] = {
+        name: of_defect_type(name, types, scores, labels, pixel["defect_types"].get(name))
+        for name in sorted(set(types) - {metrics.GOOD})
+    }
     results |= {
         "params_sha256": params_sha256(predictor.params),
         "steps": predictor.step,
@@ -89,7 +101,28 @@ def evaluate(predictor: Predictor, batches: Iterable[dict[str, np.ndarray]]) -> 
     }
     results |= predictor.record
     shown = [np.round(255 * image_map).astype(np.uint8) for image_map in maps]
-    return Evaluation(results, images, np.array(shown).reshape(-1, *predictor.image_size))
+    shown = np.array(shown, np.uint8).reshape(-1, *predictor.image_size)
+    return Evaluation(results, images, shown, curves)
+
+
+def of_defect_type(
+    name: str, types: list[str], scores: list[float], labels: np.ndarray, pixel: dict | None
+) -> dict[str, Any]:
+    """Returns METRICS of one defect type against all good images, with the reasons of each None.
+
+    `pixel` are the pixel metrics of that type; None if it has no mask.
+    """
+    chosen = np.array([kind in (name, metrics.GOOD) for kind in types])
+    image = metrics.image_metrics(np.array(scores)[chosen], labels[chosen])
+    if pixel is None:
+        pixel = metrics.segmentation_metrics([], None)
+    both = image | pixel
+    reasons = image["not_available"] | pixel["not_available"]
+    return {
+        "images": types.count(name),
+        **{metric: both[metric] for metric in METRICS},
+        "not_available": {metric: reasons[metric] for metric in METRICS if metric in reasons},
+    }
 
 
 def mean_of(categories: dict[str, dict[str, Any]]) -> dict[str, float | None]:
@@ -161,12 +194,19 @@ def write_results(workdir: Path, category: str, results: dict[str, Any], config:
     write_text(workdir / "results.md", as_markdown(everything))
 
 
-def write_images(path: Path, images: list[dict[str, Any]]) -> None:
-    """Writes one line an image: name, defect type, label, score, IoU; empty where there is none."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="") as file:
-        names = ["name", "defect_type", "label", "score", "has_mask", "iou"]
-        writer = csv.DictWriter(file, fieldnames=names)
-        writer.writeheader()
-        writer.writerows(images)
-    temporary.replace(path)
+def write_evaluation(folder: Path, evaluation: Evaluation, arrays: dict[str, np.ndarray]) -> None:
+    """Writes what pictures and reports are made of, each file whole or not at all.
+
+    images.csv: a line an image: name, defect_type, label, score, has_mask, iou (empty where there
+    is none). curves.json: `Evaluation.curves`. evaluation.npz, in the order of images.csv: `image`
+    uint8 [n, h, w, 3], `mask` bool [n, h, w], `map` uint8 [n, h, w] (times 255).
+    """
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ("name", "defect_type", "label", "score", "has_mask", "iou"))
+    writer.writeheader()
+    writer.writerows(evaluation.images)
+    write_text(folder / "images.csv", table.getvalue())
+    write_text(folder / "curves.json", json.dumps(evaluation.curves))
+    temporary = folder / "evaluation.tmp.npz"
+    np.savez_compressed(temporary, image=arrays["image"], mask=arrays["mask"], map=evaluation.maps)
+    temporary.replace(folder / "evaluation.npz")

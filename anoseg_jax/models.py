@@ -124,8 +124,9 @@ class MapHead(nn.Module):
             x = ConvBlock(features, dtype=self.dtype)(jnp.concatenate([x, skips.pop()], axis=-1))
         # Starts at about 2 % anomalous, which is what a mask holds on average: the first steps are
         # not spent on learning that most pixels are good.
-        x = nn.Conv(4, (3, 3), bias_init=nn.initializers.constant(-4.0), dtype=self.dtype)(x)
-        return depth_to_space(x)[..., 0].astype(jnp.float32)
+        x = nn.Conv(1, (3, 3), bias_init=nn.initializers.constant(-4.0), dtype=self.dtype)(x)
+        b, h, w, _ = x.shape
+        return jax.image.resize(x[..., 0].astype(jnp.float32), (b, 2 * h, 2 * w), "bilinear")
 
 
 class Generator(nn.Module):

@@ -80,8 +80,8 @@ def get_config() -> ConfigDict:
         "regions": 3,  # at most
         "area": (0.0005, 0.05),  # smallest and largest, as fractions of the image
         "aspect": 8.0,  # largest ratio of a region's sides
-        "opacity": (0.2, 1.0),  # smallest and largest
-        "min_change": 0.03,  # of 1; smaller changes are undone and not marked
+        "opacity": (0.3, 1.0),  # smallest and largest
+        "min_change": 0.08,  # of 1; smaller changes are undone and not marked
     }
     config.defects.cut_and_paste = ConfigDict(paste)
     config.defects.hard_augmentation = ConfigDict(paste)

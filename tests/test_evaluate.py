@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anoseg_jax import evaluate, predict, report
+from anoseg_jax import evaluate, pictures, predict
 
 
 class FixedPredictor:
@@ -115,13 +115,28 @@ def test_result_files_hold_all_categories_and_their_mean(found, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_the_table_of_images_is_written_whole(found, tmp_path):
-    evaluate.write_images(
-        tmp_path / "images.csv", evaluate.evaluate(FixedPredictor(), [found]).images
-    )
-    rows = list(csv.DictReader((tmp_path / "images.csv").open()))
+def test_what_reports_are_made_of_is_written_whole(found, tmp_path):
+    evaluation = evaluate.evaluate(FixedPredictor(), [found])
+    evaluate.write_evaluation(tmp_path, evaluation, found)
+    rows = list(csv.DictReader((tmp_path / "images.csv").open(newline="")))
     assert [row["name"] for row in rows] == list(found["name"])
     assert rows[0]["iou"] == "" and float(rows[2]["iou"]) == pytest.approx(0.8)
+    assert set(json.loads((tmp_path / "curves.json").read_text())) == {"roc", "pr", "pro", "iou"}
+    with np.load(tmp_path / "evaluation.npz") as arrays:
+        np.testing.assert_array_equal(arrays["map"], found["image"][..., 0])
+        np.testing.assert_array_equal(arrays["mask"], found["mask"])
+    assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
+
+
+def test_each_defect_type_is_measured_against_all_good_images(found):
+    worse = {key: np.concatenate([values, values[2:]]) for key, values in found.items()}
+    worse["defect_type"][3] = "scr"
+    worse["image"][3] = 0  # a scratch that is not seen at all
+    worse["has_mask"][3] = False
+    types = evaluate.evaluate(FixedPredictor(), [worse]).results["defect_types"]
+    assert types["dent"]["image_auroc"] == 1.0 and types["scr"]["image_auroc"] == 0.5
+    assert types["dent"]["iou"] == pytest.approx(4 / 5) and types["dent"]["images"] == 1
+    assert types["scr"]["iou"] is None and types["scr"]["not_available"]["iou"]
 
 
 def test_pictures_are_of_the_best_the_worst_the_missed_and_the_mistaken(tmp_path):
@@ -134,10 +149,10 @@ def test_pictures_are_of_the_best_the_worst_the_missed_and_the_mistaken(tmp_path
     )
     evaluation = evaluate.evaluate(FixedPredictor(), [images])
     assert evaluation.results["image_f1_max_threshold"] == pytest.approx(220 / 255)
-    chosen = report.choose(evaluation, 1)
+    chosen = pictures.choose(evaluation, 1)
     assert chosen == {"best": [3], "worst": [6], "missed": [6], "false_alarm": [2]}
     for _ in range(2):  # the second time replaces the first
-        report.write_pictures(tmp_path / "pictures", evaluation, images, 1)
+        pictures.write_pictures(tmp_path / "pictures", evaluation, images, 1)
     names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert names == [
         "best_00_dent_3.png",

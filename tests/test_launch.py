@@ -26,7 +26,7 @@ def launch(*arguments, cwd=ROOT):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """One category in the folder layout: stripes, of which a square is missing in defective ones."""
+    """One category in the folder layout: stripes, with a white square in defective ones."""
     root = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
 
