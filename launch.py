@@ -82,9 +82,11 @@ def main(argv):
         rest = FLAGS(argv)[1:]
         if rest or FLAGS.config is None or (FLAGS.workdir is None and FLAGS.mode != "check"):
             raise flags.Error("needs --config=FILE --workdir=DIR; options are --config.KEY=VALUE")
-    except KeyError as error:
-        return complain(f"the config has no option {error.args[0]}; all are in configs/default.py")
-    except (flags.Error, OSError, AttributeError, TypeError, ValueError) as error:
+        FLAGS.config.keys()  # raises what went wrong when the file was loaded
+    except (AttributeError, KeyError) as error:
+        name = str(error).strip("\"'")
+        return complain(f"the config has no option {name!r}; configs/default.py has them all")
+    except (flags.Error, OSError, TypeError, ValueError) as error:
         return complain(" ".join(str(error).split()))
     from anoseg_jax.options import OptionError
     from data.layout import LayoutError

@@ -7,6 +7,7 @@ A checkpoint is `<directory>/<step>/` with three items: `state` (arrays), `confi
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -50,11 +51,15 @@ def save(manager: Manager, state: Any, step: int, *, config: dict, record: dict)
 
 
 def restore(manager: Manager, step: int, template: State) -> tuple[State, dict, dict]:
-    """Returns the state, config and record of `step`; `template` is a state of the same shapes."""
+    """Returns the state (numpy arrays), config and record of `step`.
+
+    `template` is a state of the same shapes: arrays or what `jax.eval_shape` returns.
+    """
+    as_numpy = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
     restored = manager.restore(
         step,
         args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(jax.device_get(template)),
+            state=ocp.args.StandardRestore(as_numpy),
             config=ocp.args.JsonRestore(),
             record=ocp.args.JsonRestore(),
         ),

@@ -231,16 +231,18 @@ def restore_or_create(
     1. The newest checkpoint of this workdir; 2. that of `config.resume`; 3. a fresh state.
     """
     options = json.loads(config.to_json())
-    state, record = create(), {"train_seconds": 0.0}
+    template = jax.eval_shape(create)
     if manager.latest_step() is not None:
-        state, saved, record = checkpoint.restore(manager, manager.latest_step(), state)
+        state, saved, record = checkpoint.restore(manager, manager.latest_step(), template)
         check_same_run(saved, options)
     elif config.resume:
         with checkpoint.create_manager(Path(config.resume) / "checkpoints", create=False) as other:
             if other.latest_step() is None:
                 raise TrainingError(f"config.resume={config.resume}: no checkpoint there")
-            state, saved, record = checkpoint.restore(other, other.latest_step(), state)
+            state, saved, record = checkpoint.restore(other, other.latest_step(), template)
             check_same_run(saved, options)
+    else:
+        state, record = create(), {"train_seconds": 0.0}
     return state, record
 
 

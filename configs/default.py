@@ -79,7 +79,7 @@ def get_config() -> ConfigDict:
     paste = {
         "regions": 3,  # at most
         "area": (0.0005, 0.05),  # smallest and largest, as fractions of the image
-        "aspect": 8.0,  # largest ratio of a region's sides
+        "aspect": 16.0,  # largest ratio of a region's sides
         "opacity": (0.3, 1.0),  # smallest and largest
         "min_change": 0.08,  # of 1; smaller changes are undone and not marked
     }

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Each module may import those after it; the leaves import none of them.
-ORDER = ("pictures", "evaluate", "train", "options", "predict", "train_state")
+ORDER = ("report", "compare", "pictures", "evaluate", "train", "options", "predict", "train_state")
 LEAVES = ("models", "augment", "defects", "losses", "metrics", "checkpoint", "input_pipeline")
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorboard"}
 CLU_WITH_TENSORFLOW = {"clu.metric_writers", "clu.periodic_actions"}

@@ -1,0 +1,446 @@
+"""The pages of a run: what is on them, in which order, and that they work in a browser."""
+
+import csv
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anoseg_jax import evaluate, report
+
+NUT, WEAVE = "nüt <b>#1 %20", "weave"
+CRACK = "<b>riß</b> $x$ 裂"
+CHROMIUM = Path("/usr/bin/chromium")
+QUIET = (
+    "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update "
+    "--disable-sync --no-first-run --disable-quic"
+).split()
+# name, defect type, label, score, IoU: the image threshold is 0.5.
+IMAGES = (
+    ("good/0.png", "good", 0, 0.9, 0.0),
+    ("good/1.png", "good", 0, 0.1, None),
+    ("good/2 & ü.png", "good", 0, 0.2, 0.0),
+    ("dent/0.png", "dent", 1, 0.2, 0.1),
+    ("dent/1.png", "dent", 1, 0.8, 0.9),
+    ("dent/2.png", "dent", 1, 0.7, 0.3),
+    ("crack/<i>0.png", CRACK, 1, 0.45, 0.9),
+    ("crack/1.png", CRACK, 1, 0.6, 0.4),
+)
+# Wrong verdicts by distance from the threshold, then by 1 - IoU, without an IoU last.
+WORST_FIRST = (0, 3, 6, 2, 5, 7, 4, 1)
+
+
+def metrics(value, reasons):
+    names = (*evaluate.METRICS, "image_ap", "image_f1_max", "au_pro_0.05")
+    numbers = {name: None if name in reasons else value for name in names}
+    return numbers | {"not_available": reasons}
+
+
+def write_csv(path, images, *, has_mask):
+    with path.open("w", newline="", encoding="utf-8") as table:
+        writer = csv.writer(table)
+        writer.writerow(("name", "defect_type", "label", "score", "has_mask", "iou"))
+        writer.writerows((*row[:4], has_mask, row[4]) for row in images)
+
+
+def write_files(workdir):
+    """Writes a run of two categories: all there is to know of one, and next to nothing."""
+    nut, weave = workdir / NUT, workdir / WEAVE
+    for folder in (nut, weave):
+        folder.mkdir(parents=True)
+    maps = np.zeros((8, 16, 24), np.uint8)
+    maps[:, 4:8, 4:8] = 255
+    arrays = {"image": np.full((8, 16, 24, 3), 90, np.uint8), "mask": maps > 0, "map": maps}
+    arrays["mask"][:3] = False
+    np.savez_compressed(nut / "evaluation.npz", **arrays)
+    write_csv(nut / "images.csv", IMAGES, has_mask=True)
+    line = {"x": [0.0, 0.2, 1.0], "y": [0.0, 0.7, 1.0]}
+    axes = {
+        "roc": ("false_positive_rate", "true_positive_rate"),
+        "pr": ("recall", "precision"),
+        "pro": ("false_positive_rate", "overlap"),
+        "iou": ("threshold", "iou"),
+    }
+    curves = {name: {x: line["x"], y: line["y"]} for name, (x, y) in axes.items()}
+    (nut / "curves.json").write_text(json.dumps(curves))
+    log = [{"step": s, "loss_segmentation": 1 / s, "learning_rate": 1e-3} for s in (1, 2, 3)]
+    lines = [json.dumps(entry | {"loss_adversarial": None}) + "\n" for entry in log]
+    (nut / "train_log.jsonl").write_text("".join(lines) + '{"step": 4, "los')
+    (nut / "config.json").write_text(json.dumps({"batch_size": 4, "data_dir": "<script>"}))
+
+    write_csv(weave / "images.csv", [("good/0.png", "good", 0, 0.5, None)], has_mask=False)
+    (weave / "curves.json").write_text("{}")
+    both = {"params_sha256": "cafe", "train_seconds": 75.0, "steps": 3, "test_images": 8}
+    of_nut = metrics(0.75, {}) | both
+    of_nut |= {"image_f1_max_threshold": 0.5, "iou_threshold": 0.6, "test_images": 8}
+    of_nut["defect_types"] = {
+        "dent": {"images": 3} | metrics(0.5, {}),
+        CRACK: {"images": 2} | metrics(0.5, {"au_pro": "no masks of <this> type"}),
+    }
+    pixel = {name: "no masks" for name in evaluate.METRICS if name != "image_auroc"}
+    image = dict.fromkeys(("image_auroc", "image_ap", "image_f1_max"), "no defective images")
+    of_weave = metrics(0.25, pixel | image | {"au_pro_0.05": "no masks"}) | both
+    of_weave |= {"image_f1_max_threshold": None, "iou_threshold": None, "defect_types": {}}
+    categories = {NUT: of_nut, WEAVE: of_weave}
+    results = {
+        "categories": categories,
+        "mean": evaluate.mean_of(categories),
+        "config_sha256": "beef",
+        "versions": {"python": "3.11", "jax": "0.10"},
+        "device": "1 x <cpu>",
+    }
+    (workdir / "results.json").write_text(json.dumps(results))
+    return workdir
+
+
+def change_results(workdir, category, **changes):
+    path = workdir / "results.json"
+    results = json.loads(path.read_text())
+    results["categories"][category] |= changes
+    path.write_text(json.dumps(results))
+
+
+class Page(HTMLParser):
+    """A parsed page: its elements and its text; refuses elements that are not closed."""
+
+    VOID = {"meta", "link", "img", "input", "br"}
+
+    def __init__(self, path):
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.open, self.elements, self.words = [], [], []
+        self.feed(self.source)
+        assert not self.open
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"style", "script"} & set(self.open):
+            self.words.append(data)
+
+    def all(self, tag, **wanted):
+        found = [attributes for name, attributes in self.elements if name == tag]
+        return [a for a in found if all(a.get(key) == value for key, value in wanted.items())]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = write_files(tmp_path_factory.mktemp("run") / "W")
+    report.write_run(workdir, "python launch.py --config=<x> && true")
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def pages(workdir):
+    return {name: Page(workdir / name / "report.html") for name in (".", NUT, WEAVE)}
+
+
+@pytest.fixture
+def copy(workdir, tmp_path):
+    return shutil.copytree(workdir, tmp_path / "copy")
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Leaves the plots out: they are most of the time that a page takes."""
+    monkeypatch.setattr(report, "draw_plot", lambda plot: "<svg></svg>")
+
+
+def test_the_run_lists_every_category_and_links_to_its_page(pages, workdir):
+    page = pages["."]
+    assert NUT in page.text and WEAVE in page.text and "Mean" in page.text
+    links = [a["href"] for a in page.all("a") if a["href"].endswith("report.html")]
+    assert links == ["n%C3%BCt%20%3Cb%3E%231%20%2520/report.html", "weave/report.html"]
+    assert "1 of 5" not in page.text and "2 of 5" in page.text and "1 of 3" in page.text
+
+
+def test_what_is_null_has_its_reason_and_is_no_number(pages):
+    run, weave, nut = pages["."], pages[WEAVE], pages[NUT]
+    assert run.text.count("not available") >= 6
+    for reason in ("no masks", "no defective images"):
+        assert reason in run.text and reason in weave.text
+    assert "the mean is of the 1 of 2 categories that have a number" in run.text
+    assert "no masks of <this> type" in nut.text
+    for page in pages.values():
+        notes = {a["id"] for a in page.all("li") if a.get("id", "").startswith("note-")}
+        assert {a["href"][1:] for a in page.all("a") if "note-" in a["href"]} <= notes
+        assert not re.search(r"\b(None|nan|Undefined)\b", page.text)
+
+
+def test_the_headline_and_defect_types_are_there(pages):
+    page = pages[NUT]
+    assert page.text.count("0.7500") >= 9
+    for name in ("dent", CRACK, "Missed", "False alarm", "How it was made", "cafe", "beef"):
+        assert name in page.text
+    assert "8 test images: 3 good, 5 defective" in page.text
+    assert "1 min 15 s of training" in page.text
+    assert len(page.all("svg")) == 8
+
+
+def test_pages_load_nothing(pages):
+    for page in pages.values():
+        references = [
+            attributes[key]
+            for tag, attributes in page.elements
+            for key in ("src", "href", "xlink:href", "srcset", "poster", "action", "data")
+            if key in attributes
+        ]
+        references += re.findall(r"url\(['\"]?([^)]*)", page.source)
+        references += re.findall(r"@import[^;]*", page.source)
+        allowed = ("data:", "#", "../report.html")
+        local = [r for r in references if not r.startswith(allowed)]
+        assert all(r.endswith("/report.html") and ":" not in r for r in local)
+        assert "default-src 'none'" in str(page.all("meta"))
+
+
+def test_the_gallery_has_every_image_the_worst_first(pages):
+    cards = pages[NUT].all("li", **{"class": "card"})
+    assert [card["data-name"] for card in cards] == [IMAGES[i][0] for i in WORST_FIRST]
+    verdicts = "false_alarm missed missed passed found found found passed".split()
+    assert [card["data-verdict"] for card in cards] == verdicts
+    assert "Wrong verdicts come first" in pages[NUT].text
+    pictures = [a for a in pages[NUT].all("img") if a.get("loading") == "lazy"]
+    assert len(pictures) == 4 * len(IMAGES)
+    assert all(a["src"].startswith("data:image/jpeg;base64,") for a in pictures)
+    assert {(a["width"], a["height"]) for a in pictures} == {("288", "192")}
+
+
+def test_names_are_text_and_no_markup(pages):
+    for page in pages.values():
+        for markup in ("<b>riß", "<b>#1", "<i>0", "<x>", "<cpu>", "<this>", '"<script>"'):
+            assert markup not in page.source
+    assert CRACK in pages[NUT].text and "crack/<i>0.png" in pages[NUT].text
+    assert '"data_dir": "<script>"' in pages[NUT].text
+    assert "python launch.py --config=<x> && true" in pages[NUT].text
+
+
+def test_equal_files_make_equal_pages(workdir, copy):
+    names = ("report.html", f"{NUT}/report.html", f"{WEAVE}/report.html")
+    for name in names:
+        (copy / name).unlink()
+    report.write_run(copy, "python launch.py --config=<x> && true")
+    for name in names:
+        assert (copy / name).read_bytes() == (workdir / name).read_bytes()
+    assert not list(copy.rglob("*.tmp*"))
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_the_command_is_kept_in_the_results(copy):
+    results = json.loads((copy / "results.json").read_text())
+    (copy / "results.json").write_text(json.dumps(results | {"command": "make it"}))
+    report.write_category(copy, WEAVE)
+    assert "make it" in Page(copy / WEAVE / "report.html").text
+
+
+def test_sections_say_which_file_is_missing_or_damaged(pages, copy):
+    assert "No pictures: evaluation.npz is not there." in pages[WEAVE].text
+    assert "No training curves: train_log.jsonl is not there." in pages[WEAVE].text
+    assert "No options: config.json is not there." in pages[WEAVE].text
+    (copy / NUT / "evaluation.npz").write_bytes(b"PK damaged")
+    (copy / NUT / "train_log.jsonl").write_text("")
+    report.write_category(copy, NUT)
+    page = Page(copy / NUT / "report.html")
+    assert "evaluation.npz cannot be read" in page.text
+    assert "train_log.jsonl is empty" in page.text
+    for name in ("images.csv", "evaluation.npz", "curves.json", "train_log.jsonl", "config.json"):
+        (copy / NUT / name).unlink()
+    report.write_run(copy)
+    assert "images.csv is not there" in Page(copy / NUT / "report.html").text
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_images_and_pictures_of_different_evaluations_are_not_mixed(copy):
+    write_csv(copy / NUT / "images.csv", IMAGES[:3], has_mask=True)
+    report.write_category(copy, NUT)
+    page = Page(copy / NUT / "report.html")
+    assert "evaluation.npz has 8 images and images.csv 3" in page.text
+    assert not page.all("li", **{"class": "card"})
+
+
+def test_no_test_images_at_all_is_a_page(copy):
+    write_csv(copy / NUT / "images.csv", (), has_mask=True)
+    empty = {"image": np.zeros((0, 4, 4, 3), np.uint8), "mask": np.zeros((0, 4, 4), bool)}
+    np.savez(copy / NUT / "evaluation.npz", map=np.zeros((0, 4, 4), np.uint8), **empty)
+    report.write_category(copy, NUT)
+    assert "There are no test images." in Page(copy / NUT / "report.html").text
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_without_a_threshold_nothing_counts_as_missed_or_found(pages, copy):
+    assert "Missed" not in pages[WEAVE].text and "No verdict 1" in pages[WEAVE].text
+    change_results(copy, NUT, image_f1_max_threshold=None)
+    report.write_category(copy, NUT)
+    page = Page(copy / NUT / "report.html")
+    cards = page.all("li", **{"class": "card"})
+    # By 1 - IoU; of equal ones good images from the highest score, defective from the lowest.
+    assert [card["data-name"] for card in cards] == [IMAGES[i][0] for i in (0, 2, 3, 5, 7, 6, 4, 1)]
+    assert "There is no image threshold, and so no verdict." in page.text
+
+
+def test_scores_that_are_not_finite_get_no_verdict(copy):
+    rows = [(name, kind, label, "nan", iou) for name, kind, label, _, iou in IMAGES]
+    write_csv(copy / NUT / "images.csv", rows, has_mask=True)
+    report.write_category(copy, NUT)
+    cards = Page(copy / NUT / "report.html").all("li", **{"class": "card"})
+    assert {card["data-verdict"] for card in cards} == {"none"}
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_thresholds_made_without_the_test_set_decide_where_they_are_recorded(copy):
+    made = "the 0.99 quantile of 20 held-out good images"
+    thresholds = {
+        "image": {"threshold": 0.15, "how": made, "false_positive_rate": 0.01},
+        "pixel": {"threshold": 0.9, "how": made, "images": 20},
+    }
+    before = Page(copy / NUT / "report.html").text
+    assert "best F1 on these test images themselves" in before and "0.6" in before
+    change_results(copy, NUT, thresholds=thresholds)
+    report.write_category(copy, NUT)
+    page = Page(copy / NUT / "report.html")
+    assert made in page.text and "test images themselves" not in page.text
+    assert "false positive rate: 0.01" in page.text and "map at or above 0.9" in page.text
+    cards = {a["data-name"]: a["data-verdict"] for a in page.all("li", **{"class": "card"})}
+    assert cards["dent/0.png"] == "found" and cards["good/2 & ü.png"] == "false_alarm"
+    # Measured anew at 0.9: the maps are right there, to the pixel.
+    assert "dent · score 0.200 · IoU 1.000" in page.text
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_large_gallery_stays_small(copy, monkeypatch):
+    rng = np.random.default_rng(0)
+    count = 40
+    noise = rng.integers(0, 256, (count, 64, 64, 3), np.uint8)
+    masks = np.zeros((count, 64, 64), bool)
+    np.savez(copy / NUT / "evaluation.npz", image=noise, mask=masks, map=noise[..., 0])
+    rows = [(f"good/{i:03}.png", "good", 0, i / count, None) for i in range(count)]
+    write_csv(copy / NUT / "images.csv", rows, has_mask=True)
+    monkeypatch.setattr(report, "MAX_GALLERY_BYTES", 400_000)
+    monkeypatch.setattr(report, "MAX_CARDS", 30)
+    report.write_category(copy, NUT)
+    page = Page(copy / NUT / "report.html")
+    cards = page.all("li", **{"class": "card"})
+    assert len(cards) == 30 and cards[0]["data-name"] == "good/039.png"
+    assert "the 30 worst of 40 images" in page.text
+    assert sum(len(a["src"]) for a in page.all("img", loading="lazy")) < 400_000
+
+
+def test_a_single_pixel_survives_being_made_small():
+    region = np.zeros((1000, 700), bool)
+    region[333, 77] = True
+    assert report.cover(region, (70, 100)).sum() == 1
+    assert not report.cover(~np.ones_like(region), (70, 100)).any()
+
+
+@pytest.mark.parametrize(("threshold", "level"), [(0.0, 0), (1e-4, 1), (0.6, 153), (1.0, 255)])
+def test_thresholds_are_rounded_as_maps_are(threshold, level):
+    assert report.level_of(threshold) == level
+
+
+def test_errors_are_one_line_that_names_the_file(tmp_path, copy):
+    with pytest.raises(report.ReportError, match="results.json: there is no such file"):
+        report.write_run(tmp_path)
+    with pytest.raises(report.ReportError, match="results.json has no category 'nut'"):
+        report.write_category(copy, "nut")
+    for content in ("[]", "{", '{"mean": {}}'):
+        (copy / "results.json").write_text(content)
+        with pytest.raises(report.ReportError, match="results.json") as error:
+            report.write_run(copy)
+        assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="the browser test needs playwright: pip install playwright"
+    )
+    if not CHROMIUM.exists():
+        pytest.skip(f"the browser test needs {CHROMIUM}: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens pages in a window of a width; none may complain or ask for anything."""
+    seen, contexts = [], []
+
+    def open_page(path, width):
+        context = browser.new_context(viewport={"width": width, "height": 844})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: seen.append(message.text))
+        page.on("pageerror", lambda error: seen.append(str(error)))
+        page.on("request", lambda request: seen.append(request.url))
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not [line for line in seen if not line.startswith(("file:", "data:"))]
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_pages_fit_the_window_and_are_quiet(workdir, open_page, width):
+    for folder in (".", NUT):
+        page = open_page(workdir / folder / "report.html", width)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate("document.body.scrollWidth") <= width
+
+
+def test_the_links_between_pages_lead_there(workdir, open_page):
+    page = open_page(workdir / "report.html", 1280)
+    page.get_by_role("link", name=NUT).click()
+    assert page.get_by_role("heading", level=1).inner_text() == NUT
+    page.get_by_role("link", name="All categories").click()
+    assert page.get_by_role("heading", level=1).inner_text() == "2 categories"
+
+
+def test_filters_choose_cards_by_mouse_and_by_keyboard(workdir, open_page):
+    page = open_page(workdir / NUT / "report.html", 1280)
+    shown = page.locator(".card:visible")
+    assert shown.count() == 8
+    page.locator("label", has_text="Missed").click()
+    assert [card.get_attribute("data-name") for card in shown.all()] == [
+        "dent/0.png",
+        "crack/<i>0.png",
+    ]
+    assert page.get_by_role("status").inner_text() == "2 of 8 images shown"
+    page.locator("input[name=type]").first.focus()
+    page.keyboard.press("ArrowRight")  # good
+    assert page.get_by_role("status").inner_text() == "0 of 8 images shown"
+    page.keyboard.press("ArrowRight")  # the first defect type
+    assert shown.count() == 1
+    page.locator("input[name=verdict]:checked").focus()
+    page.keyboard.press("ArrowLeft")  # all verdicts
+    assert shown.count() == 2
+    image = shown.first.locator("img").first
+    image.scroll_into_view_if_needed()
+    page.wait_for_function("image => image.naturalWidth == 288", arg=image.element_handle())
+
+
+def test_print_shows_everything(workdir, open_page):
+    page = open_page(workdir / NUT / "report.html", 1280)
+    page.locator("input[value=missed]").check()
+    page.emulate_media(media="print")
+    assert page.locator(".card:visible").count() == 8
+    assert not page.locator("#filters").is_visible()
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("pre").is_visible()
+    page.wait_for_function("[...document.images].every(image => image.naturalWidth > 0)")
