@@ -87,7 +87,8 @@ def main(argv):
         name = str(error).strip("\"'")
         return complain(f"the config has no option {name!r}; configs/default.py has them all")
     except (flags.Error, OSError, TypeError, ValueError) as error:
-        return complain(" ".join(str(error).split()))
+        lines = str(error).strip().splitlines()  # of a traceback, the last one says what is wrong
+        return complain(lines[-1] if "Traceback" in str(error) else " ".join(lines))
     from anoseg_jax.options import OptionError
     from data.layout import LayoutError
 

@@ -730,7 +730,7 @@ def write_page(path: Path, page: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(page, encoding="utf-8")
-    path.write_text(page, encoding='utf-8')
+    temporary.replace(path)
 
 
 def write_category(workdir: Path, category: str) -> None:
