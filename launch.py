@@ -1,8 +1,8 @@
 """Trains and evaluates AnoSeg: `python launch.py --config=configs/mvtec.py --workdir=W`."""
 
 import os
+import shlex
 import sys
-from functools import partial
 from pathlib import Path
 
 from absl import app, flags
@@ -12,61 +12,53 @@ from ml_collections import config_flags
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 FLAGS = flags.FLAGS
+MODES = {
+    "train": "trains, or goes on training, and evaluates",
+    "evaluate": "evaluates the newest checkpoints",
+    "check": "reports on images and masks, without training (needs no --workdir)",
+    "report": "writes report.html again from the result files (needs no --config)",
+    "compare": "compares finished runs: launch.py --mode=compare --workdir=W RUN RUN ...",
+}
 config_flags.DEFINE_config_file("config", None, "Options: configs/NAME.py or NAME.py:CATEGORIES.")
 flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs, results and pictures.")
-flags.DEFINE_enum("mode", "train", ("train", "evaluate", "check"),
-    "train (or go on training) and evaluate; evaluate the newest checkpoints; or check the images "
-    "and masks, without training.")  # fmt: skip
+flags.DEFINE_enum("mode", "train", MODES, "; ".join(f"{k}: {v}" for k, v in MODES.items()))
 
 
-def run_category(config, category_dir, train_set, test_set):
-    """Trains (unless --mode=evaluate) and evaluates one category; returns its results."""
-    from anoseg_jax import evaluate, input_pipeline, pictures, predict, train
+def run(mode, config, workdir, runs):
+    """Runs one mode; returns the exit code."""
+    if mode == "report":
+        from anoseg_jax import report
 
-    category_dir.mkdir(parents=True, exist_ok=True)
-    if FLAGS.mode == "train":
-        images = input_pipeline.load_arrays(train_set, config.image_size)["image"]
-        order = {"batch_size": config.batch_size, "seed": config.seed}
-        batches = partial(input_pipeline.train_batches, images, **order)
-        train.fit(config, batches, category_dir, writer=train.create_writer(category_dir))
-    predictor = predict.Predictor(category_dir, top_fraction=config.evaluate.top_fraction)
-    arrays = input_pipeline.load_arrays(test_set, predictor.image_size)
-    batches = input_pipeline.test_batches(arrays, config.evaluate.batch_size)
-    evaluation = evaluate.evaluate(predictor, batches)
-    evaluate.write_evaluation(category_dir, evaluation, arrays)
-    pictures.write_pictures(category_dir / "pictures", evaluation, arrays, config.evaluate.pictures)
-    return evaluation.results
+        report.write_run(workdir)
+        print(f"written: {workdir}/report.html")
+        return 0
+    if mode == "compare":
+        from anoseg_jax import compare
 
-
-def run(config, mode, workdir):
-    """Runs one mode over all categories of the config; returns the exit code."""
+        comparison = compare.compare(runs)
+        compare.write(comparison, workdir)
+        print(compare.as_markdown(comparison))
+        return 0
     from data import layout
 
     if mode == "check":
         categories = layout.scan_categories(config.data_dir, config.categories)
         print("\n\n".join(map(layout.report, categories)))
         return int(any(category.errors for category in categories))
-    from anoseg_jax import evaluate, options, train
-
-    options.check(config)
+    from anoseg_jax import experiment, options
     from data import sources
 
+    options.check(config)
     splits = sources.open_splits(
         config.dataset, config.categories, data_dir=config.data_dir, tfds_dir=config.tfds_dir
     )
-    of_category = {name: options.of_category(config, name) for name in splits}
+    for name in splits:
+        options.of_category(config, name)
     options.use_compilation_cache(config.compilation_cache)
-    exit_code = 0
-    for name, (train_set, test_set) in splits.items():
-        print(f"== {name}", flush=True)
-        try:
-            results = run_category(of_category[name], workdir / name, train_set, test_set)
-            evaluate.write_results(workdir, name, results, config.to_json())
-            print(evaluate.summary(name, results), flush=True)
-        except (train.TrainingError, FileNotFoundError) as error:
-            exit_code = complain(f"{name}: {error}", code=1)
-    print(f"results: {workdir}/results.md, results.json; pictures: {workdir}/*/pictures/")
-    return exit_code
+    command = shlex.join(["python", *sys.argv])
+    return int(
+        bool(experiment.run(config, workdir, splits, training=mode == "train", command=command))
+    )
 
 
 def complain(error, code=2):
@@ -79,22 +71,24 @@ def complain(error, code=2):
 def main(argv):
     """Parses the flags, runs, and returns the exit code; errors of use are no tracebacks."""
     try:
-        rest = FLAGS(argv)[1:]
-        if rest or FLAGS.config is None or (FLAGS.workdir is None and FLAGS.mode != "check"):
-            raise flags.Error("needs --config=FILE --workdir=DIR; options are --config.KEY=VALUE")
-        FLAGS.config.keys()  # raises what went wrong when the file was loaded
+        runs = FLAGS(argv)[1:]
+        if FLAGS.mode not in ("report", "compare"):
+            if runs or FLAGS.config is None:
+                raise flags.Error("needs --config=FILE; options are set as --config.KEY=VALUE")
+            FLAGS.config.keys()  # raises what went wrong when the file was loaded
+        if FLAGS.workdir is None and FLAGS.mode != "check":
+            raise flags.Error("needs --workdir=DIR")
     except (AttributeError, KeyError) as error:
         name = str(error).strip("\"'")
         return complain(f"the config has no option {name!r}; configs/default.py has them all")
     except (flags.Error, OSError, TypeError, ValueError) as error:
         lines = str(error).strip().splitlines()  # of a traceback, the last one says what is wrong
         return complain(lines[-1] if "Traceback" in str(error) else " ".join(lines))
-    from anoseg_jax.options import OptionError
-    from data.layout import LayoutError
+    from anoseg_jax import UsageError
 
     try:
-        return run(FLAGS.config, FLAGS.mode, Path(FLAGS.workdir or "."))
-    except (OptionError, LayoutError) as error:
+        return run(FLAGS.mode, FLAGS.config, Path(FLAGS.workdir or "."), runs)
+    except UsageError as error:
         return complain(error)
 
 

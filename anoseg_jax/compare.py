@@ -19,7 +19,7 @@ from zipfile import BadZipFile
 import numpy as np
 from scipy import ndimage
 
-from anoseg_jax import metrics
+from anoseg_jax import UsageError, metrics
 
 CONFIDENCE = 0.95
 # Where the files of the images put a metric farther than this from results.json, they are too
@@ -37,7 +37,7 @@ _LEVELS = 256
 _KEYS = metrics._keys(np.arange(_LEVELS, dtype=np.float32) / 255)
 
 
-class CompareError(ValueError):
+class CompareError(UsageError):
     """Runs that cannot be compared; the message is one line that says which and why."""
 
 

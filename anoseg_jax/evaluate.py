@@ -6,13 +6,14 @@ import importlib.metadata
 import io
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from anoseg_jax import metrics
 from anoseg_jax.predict import Predictor
@@ -20,6 +21,8 @@ from anoseg_jax.predict import Predictor
 # The columns of results.md and what their mean is taken of.
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "iou", "pixel_f1_max", "au_pro")
 CURVE_POINTS = 200
+# Distinct scores up to which the pixel metrics are exact: 512 maps of 256x256, 400 MB.
+MAX_SCORES = 2**25
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
 
 
@@ -30,8 +33,8 @@ class Evaluation:
     Attributes:
       results: what stands in results.json: metrics (None where there is none, with the reason under
         `not_available`) and what is known of the model.
-      images: a dict an image: name, defect_type, label, score, has_mask and iou (at
-        `iou_threshold`; None without a mask or a threshold).
+      images: a dict an image: name, defect_type, label, has_mask, score and iou (of the 8-bit map
+        at `iou_threshold`; None without a mask or a threshold).
       maps: uint8 [n, h, w], the anomaly maps times 255: for pictures, not for metrics.
       curves: for plotting: "roc", "pr", "pro", "iou" of metrics.segmentation_metrics.
     """
@@ -53,41 +56,70 @@ def params_sha256(params: Any) -> str:
 
 
 def image_iou(image_map: np.ndarray, mask: np.ndarray, threshold: float) -> float | None:
-    """Returns the IoU of one map (at or above `threshold`) and its mask; None if both are empty."""
+    """Returns the IoU of one map at a threshold, uint8 both, and its mask; None if all is empty."""
     found = image_map >= threshold
     union = np.count_nonzero(found | mask)
     return np.count_nonzero(found & mask) / union if union else None
 
 
-def evaluate(predictor: Predictor, batches: Iterable[dict[str, np.ndarray]]) -> Evaluation:
-    """Predicts and measures all images of `batches` (see input_pipeline.test_batches)."""
-    maps, scores, masks, images = [], [], [], []
+def evaluate(
+    predictor: Predictor,
+    batches: Iterable[dict[str, np.ndarray]],
+    *,
+    native_masks: Sequence[np.ndarray] | None = None,
+    pixel_threshold: float | None = None,
+    image_threshold: float | None = None,
+) -> Evaluation:
+    """Predicts and measures all images of `batches` (see input_pipeline.test_batches).
+
+    Args:
+      predictor: the trained generator.
+      batches: test images, in order.
+      native_masks: masks at the size of their files, bool [h, w] each, in the order of the images;
+        where given, maps are enlarged to them (bilinear) for the pixel metrics.
+      pixel_threshold: stands in for the threshold from held-out images.
+      image_threshold: likewise.
+    """
+    thresholds = chosen_thresholds(predictor.record, pixel_threshold, image_threshold)
+    at = thresholds["pixel"]["threshold"]
+    pixels = metrics.SegmentationAccumulator(
+        thresholds=() if at is None else (at,), max_scores=MAX_SCORES
+    )
+    maps, masks, images = [np.zeros((0, *predictor.image_size), np.uint8)], [], []
     for batch in batches:
         batch_maps, batch_scores, _ = predictor(batch["image"])
-        maps.extend(batch_maps)
-        scores.extend(batch_scores.tolist())
-        masks.extend(
-            mask if known else None
-            for mask, known in zip(batch["mask"], batch["has_mask"], strict=True)
-        )
+        known = batch["has_mask"]
+        if native_masks is None:
+            at_size, truth = list(batch_maps), list(batch["mask"])
+        else:
+            truth = native_masks[len(images) : len(images) + len(batch_maps)]
+            at_size = [resize_map(*pair) for pair in zip(batch_maps, truth, strict=True)]
+        truth = [mask if has_mask else None for mask, has_mask in zip(truth, known, strict=True)]
+        pixels.add(at_size, truth, batch["defect_type"].tolist())
+        maps.append(np.round(255 * batch_maps).astype(np.uint8))
+        masks += list(batch["mask"])
+        columns = ("name", "defect_type", "label", "has_mask")
         images += [
-            {"name": str(name), "defect_type": str(defect_type), "label": int(label)}
-            for name, defect_type, label in zip(
-                batch["name"], batch["defect_type"], batch["label"], strict=True
+            dict(zip(columns, row, strict=True)) | {"score": float(score)}
+            for row, score in zip(
+                zip(*(batch[column].tolist() for column in columns), strict=True),
+                batch_scores,
+                strict=True,
             )
         ]
+    pixel = pixels.result(curve_points=CURVE_POINTS)
+    curves, at_threshold = pixel.pop("curves"), pixel.pop("at_threshold")
+    maps = np.concatenate(maps)
+    for row, image_map, mask in zip(images, maps, masks, strict=True):
+        best = pixel["iou_threshold"] if row["has_mask"] else None
+        row["iou"] = None if best is None else image_iou(image_map, mask, round(255 * best))
+    scores, labels = (np.array([row[key] for row in images]) for key in ("score", "label"))
     types = [row["defect_type"] for row in images]
-    labels = np.array([row["label"] for row in images], int)
-    pixel = metrics.segmentation_metrics(maps, masks, defect_types=types, curve_points=CURVE_POINTS)
-    curves = pixel.pop("curves")
-    pixel.pop("at_threshold")
-    image = metrics.image_metrics(np.array(scores), labels)
-    threshold = pixel["iou_threshold"]
-    for row, score, image_map, mask in zip(images, scores, maps, masks, strict=True):
-        measurable = mask is not None and threshold is not None
-        row["score"] = score
-        row["has_mask"] = mask is not None
-        row["iou"] = image_iou(image_map, mask, threshold) if measurable else None
+    image = metrics.image_metrics(scores, labels)
+    if at_threshold:
+        thresholds["pixel"] |= at_threshold[0]
+    if images and thresholds["image"]["threshold"] is not None:
+        thresholds["image"] |= image_verdicts(scores, labels, thresholds["image"]["threshold"])
     results = image | pixel
     results["not_available"] = image["not_available"] | pixel["not_available"]
     results["defect_types"] = {
@@ -100,20 +132,58 @@ def evaluate(predictor: Predictor, batches: Iterable[dict[str, np.ndarray]]) -> 
         "test_images": len(images),
     }
     results |= predictor.record
-    shown = [np.round(255 * image_map).astype(np.uint8) for image_map in maps]
-    shown = np.array(shown, np.uint8).reshape(-1, *predictor.image_size)
-    return Evaluation(results, images, shown, curves)
+    results["thresholds"] = thresholds
+    return Evaluation(results, images, maps, curves)
+
+
+def chosen_thresholds(
+    record: dict[str, Any], pixel: float | None, image: float | None
+) -> dict[str, dict[str, Any]]:
+    """Returns the checkpoint's thresholds (predict.thresholds_from_good), or the user's own."""
+    made = record.get("thresholds", {})
+    own = {"how": "set by the user (evaluate.pixel_threshold, evaluate.image_threshold)"}
+    none = {"threshold": None, "how": "none: the checkpoint has none"}
+    return {
+        name: own | {"threshold": value} if value is not None else dict(made.get(name, none))
+        for name, value in (("pixel", pixel), ("image", image))
+    }
+
+
+def image_verdicts(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, Any]:
+    """Returns what the verdicts `score >= threshold` are worth: counts and rates.
+
+    A rate that nothing counts for is None: precision without an image called defective, recall
+    without a defective one.
+    """
+    called, defective = scores >= threshold, labels != 0
+    found, false_alarms = int(np.sum(called & defective)), int(np.sum(called & ~defective))
+    good = int(np.sum(~defective))
+    return {
+        "precision": found / called.sum() if called.any() else None,
+        "recall": found / defective.sum() if defective.any() else None,
+        "f1": 2 * found / (called.sum() + defective.sum()) if defective.any() else None,
+        "found": found,
+        "missed": int(defective.sum()) - found,
+        "false_alarms": false_alarms,
+        "good_images": good,
+    }
+
+
+def resize_map(image_map: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Resizes a map, float32 [h, w], to the size of a mask, bilinear."""
+    size = mask.shape[1], mask.shape[0]
+    return np.asarray(Image.fromarray(image_map).resize(size, Image.Resampling.BILINEAR))
 
 
 def of_defect_type(
-    name: str, types: list[str], scores: list[float], labels: np.ndarray, pixel: dict | None
+    name: str, types: list[str], scores: np.ndarray, labels: np.ndarray, pixel: dict | None
 ) -> dict[str, Any]:
     """Returns METRICS of one defect type against all good images, with the reasons of each None.
 
     `pixel` are the pixel metrics of that type; None if it has no mask.
     """
     chosen = np.array([kind in (name, metrics.GOOD) for kind in types])
-    image = metrics.image_metrics(np.array(scores)[chosen], labels[chosen])
+    image = metrics.image_metrics(scores[chosen], labels[chosen])
     if pixel is None:
         pixel = metrics.segmentation_metrics([], None)
     both = image | pixel
@@ -143,9 +213,9 @@ def as_markdown(results: dict[str, Any]) -> str:
     """Returns results.json's content as a table, one row a category, then the mean."""
     rows = [("category", *METRICS, "train seconds")]
     for name, category in results["categories"].items():
-        values = [category.get(metric) for metric in METRICS]
-        rows.append((name, *map(_number, values), f"{category['train_seconds']:.0f}"))
-    rows.append(("**mean**", *(_number(results["mean"][metric]) for metric in METRICS), ""))
+        values = [_with_spread(category, metric) for metric in METRICS]
+        rows.append((name, *values, f"{category['train_seconds']:.0f}"))
+    rows.append(("**mean**", *(_with_spread(results["mean"], metric) for metric in METRICS), ""))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---" * len(rows[0]) + "|")
     reasons = [
@@ -156,6 +226,11 @@ def as_markdown(results: dict[str, Any]) -> str:
     ]
     note = ["", "Not available:", *reasons] if reasons else []
     return "\n".join([*lines, *note, ""])
+
+
+def _with_spread(values: dict[str, Any], metric: str) -> str:
+    spread = values.get(f"{metric}_std")  # of several seeds
+    return _number(values.get(metric)) + ("" if spread is None else f" ± {spread:.4f}")
 
 
 def _number(value: float | None) -> str:
@@ -175,34 +250,48 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def write_results(workdir: Path, category: str, results: dict[str, Any], config: str) -> None:
+def read_results(workdir: Path) -> dict[str, Any]:
+    """Returns the content of `workdir`/results.json."""
+    return json.loads((workdir / "results.json").read_text())
+
+
+def write_everything(workdir: Path, everything: dict[str, Any]) -> None:
+    """Writes results.json and results.md."""
+    write_text(workdir / "results.json", json.dumps(everything, indent=2, allow_nan=False) + "\n")
+    write_text(workdir / "results.md", as_markdown(everything))
+
+
+def write_results(
+    workdir: Path, category: str, results: dict[str, Any], *, config: str, command: str
+) -> None:
     """Puts a category's results into `workdir`/results.json and results.md, beside the others.
 
-    `config` is the JSON of the options of this run, hashed into `config_sha256`.
+    `config` is the JSON of the options of this run, hashed into `config_sha256`; `command` is how
+    it was called.
     """
-    path = workdir / "results.json"
-    categories = json.loads(path.read_text())["categories"] if path.exists() else {}
+    there = (workdir / "results.json").exists()
+    categories = read_results(workdir)["categories"] if there else {}
     categories[category] = results
     everything = {
         "categories": categories,
         "mean": mean_of(categories),
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
+        "command": command,
         "versions": versions(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
-    write_text(path, json.dumps(everything, indent=2, allow_nan=False) + "\n")
-    write_text(workdir / "results.md", as_markdown(everything))
+    write_everything(workdir, everything)
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation, arrays: dict[str, np.ndarray]) -> None:
     """Writes what pictures and reports are made of, each file whole or not at all.
 
-    images.csv: a line an image: name, defect_type, label, score, has_mask, iou (empty where there
+    images.csv: a line an image: name, defect_type, label, has_mask, score, iou (empty where there
     is none). curves.json: `Evaluation.curves`. evaluation.npz, in the order of images.csv: `image`
     uint8 [n, h, w, 3], `mask` bool [n, h, w], `map` uint8 [n, h, w] (times 255).
     """
     table = io.StringIO()
-    writer = csv.DictWriter(table, ("name", "defect_type", "label", "score", "has_mask", "iou"))
+    writer = csv.DictWriter(table, ("name", "defect_type", "label", "has_mask", "score", "iou"))
     writer.writeheader()
     writer.writerows(evaluation.images)
     write_text(folder / "images.csv", table.getvalue())

@@ -100,6 +100,23 @@ def load_arrays(dataset: tf.data.Dataset, image_size: tuple[int, int]) -> Arrays
     return arrays
 
 
+def load_masks(dataset: tf.data.Dataset) -> list[np.ndarray]:
+    """Returns the masks of a split at the size they have in their files: bool [h, w] each."""
+    return [example["mask"][..., 0].astype(bool) for example in dataset.as_numpy_iterator()]
+
+
+def hold_out(images: np.ndarray, *, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Splits good images into those to train on and those that thresholds are made from.
+
+    The fraction is rounded down, and at least one image is left to train on. Which are held out
+    depends on the seed and the number of images alone.
+    """
+    count = min(int(fraction * len(images)), len(images) - 1)
+    # A stream of its own: not the one that the first epoch is shuffled with.
+    order = np.random.default_rng([seed, 0, 1]).permutation(len(images))
+    return images[np.sort(order[count:])], images[np.sort(order[:count])]
+
+
 def batch_order(*, count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """Returns which images make the batch that follows `step` batches, int [batch_size].
 

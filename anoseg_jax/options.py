@@ -5,10 +5,10 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from anoseg_jax import defects, losses, models
+from anoseg_jax import UsageError, defects, losses, models
 
 
-class OptionError(ValueError):
+class OptionError(UsageError):
     """An option that cannot work; the message is one line that names it and says what would."""
 
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from anoseg_jax import checkpoint, models
+from anoseg_jax import checkpoint, metrics, models
 
 
 def image_scores(maps: Array, top_fraction: float) -> Array:
@@ -39,6 +40,38 @@ def predict_fn(
     logits, reconstructions = generator.apply({"params": params}, images.astype(jnp.float32) / 255)
     maps = nn.sigmoid(logits)
     return maps, image_scores(maps, top_fraction), jnp.clip(reconstructions, 0, 1)
+
+
+def thresholds_from_good(
+    maps: np.ndarray, scores: np.ndarray, *, pixel_rate: float, image_rate: float
+) -> dict[str, dict[str, Any]]:
+    """Makes thresholds from good images that were held out: no defect is needed.
+
+    Args:
+      maps: anomaly maps of the held-out images, float [n, h, w]; n may be 0.
+      scores: their image-level scores, float [n].
+      pixel_rate: share of good pixels that may be at or above the pixel threshold.
+      image_rate: share of good images that may be at or above the image threshold.
+
+    Returns:
+      For "pixel" and "image": `threshold` (`score >= threshold` is defective; None where there are
+      no images), `false_positive_rate`, `images` and, in words, `how`.
+    """
+    made = {}
+    for name, values, rate in (("pixel", maps, pixel_rate), ("image", scores, image_rate)):
+        count = len(values)
+        how = f"at most {rate:.2%} of the {name}s of {count} good images that were held out"
+        if not count:
+            how = "none: too few good images to hold any out (evaluate.held_out)"
+        elif name == "image" and count * rate < 1:
+            how += f": above all of them, as {count} images cannot tell a rate of {rate:.2%}"
+        made[name] = {
+            "threshold": metrics.threshold_from_good(values, rate),
+            "false_positive_rate": rate,
+            "images": count,
+            "how": how,
+        }
+    return made
 
 
 class Predictor:

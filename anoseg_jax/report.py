@@ -27,6 +27,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from anoseg_jax import UsageError
 from anoseg_jax.evaluate import METRICS, image_iou
 from anoseg_jax.metrics import GOOD
 from anoseg_jax.pictures import COLOURS, FOUND, TRUTH, outline
@@ -81,7 +82,7 @@ PANEL_PIXELS = 30e6  # of all panels of a gallery together: about 6 MB of JPEG
 SMALL = 192  # pixels: the height that smaller images are enlarged to
 
 
-class ReportError(ValueError):
+class ReportError(UsageError):
     """A report cannot be made of these files; the message is one line that names the file."""
 
 

@@ -17,7 +17,7 @@ from jax import Array
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from anoseg_jax import augment, checkpoint, defects, losses, models, train_state
+from anoseg_jax import augment, checkpoint, defects, losses, models, predict, train_state
 from anoseg_jax.train_state import Optimizers, TrainState
 
 # A resumed run may have other values of these and still be the same run.
@@ -193,6 +193,26 @@ def draw_panel(
     return jnp.clip(jnp.concatenate(columns, axis=2), 0, 1)
 
 
+def calibrate(
+    predict_fn: Callable, params: Any, held_out: np.ndarray | None, config: ConfigDict
+) -> dict[str, dict[str, Any]]:
+    """Returns the thresholds (predict.thresholds_from_good) of these weights."""
+    size, count = config.evaluate.batch_size, 0 if held_out is None else len(held_out)
+    maps, scores = [np.zeros((0, 1, 1))], [np.zeros(0)]
+    for start in range(0, count, size):
+        # Filled up with copies of the last image, so that it compiles for one size only.
+        indices = np.minimum(np.arange(start, start + size), count - 1)
+        batch_maps, batch_scores, _ = predict_fn(params, held_out[indices])
+        maps = [*(maps if start else []), np.asarray(batch_maps)[: count - start]]
+        scores = [*scores, np.asarray(batch_scores)[: count - start]]
+    return predict.thresholds_from_good(
+        np.concatenate(maps),
+        np.concatenate(scores),
+        pixel_rate=config.evaluate.pixel_false_positive_rate,
+        image_rate=config.evaluate.image_false_positive_rate,
+    )
+
+
 def check_finite(metrics: Mapping[str, np.ndarray], last_step: int) -> None:
     """Raises TrainingError naming the first step and the metrics that are not finite.
 
@@ -342,6 +362,7 @@ def fit(
     train_batches: Callable[[int], Iterator[np.ndarray]],
     category_dir: str | Path,
     *,
+    held_out: np.ndarray | None = None,
     writer: Any = None,
 ) -> TrainState:
     """Trains until `config.num_steps`, from where the last run of the same folder stopped.
@@ -351,6 +372,8 @@ def fit(
       train_batches: given the number of steps done, returns the batches that follow: good images,
         uint8 [config.batch_size, h, w, 3]. Must depend on that number alone.
       category_dir: where checkpoints/, train_log.jsonl, config.json, parameters.txt are written.
+      held_out: good images that are not trained on, uint8 [n, h, w, 3]: the thresholds that each
+        checkpoint records are made from them.
       writer: of clu.metric_writers, for TensorBoard; None writes none.
 
     Raises:
@@ -367,6 +390,13 @@ def fit(
         donate_argnums=0,
     )
     panel = jax.jit(partial(draw_panel, generator=parts.generator, draw=parts.draw_examples))
+    predict_fn = jax.jit(
+        partial(
+            predict.predict_fn,
+            generator=parts.generator,
+            top_fraction=config.evaluate.top_fraction,
+        )
+    )
     draw_key = jax.random.fold_in(jax.random.key(config.seed), 1)
 
     category_dir = Path(category_dir)
@@ -426,6 +456,7 @@ def fit(
                     writer.write_scalars(step, {k: v for k, v in line.items() if k != "step"})
             if save:
                 record["train_seconds"] = earlier_seconds + time.monotonic() - began
+                record["thresholds"] = calibrate(predict_fn, state.ema, held_out, config)
                 checkpoint.save(
                     manager, state, step, config=json.loads(config.to_json()), record=record
                 )

@@ -4,7 +4,7 @@ A value is set on the command line by its path: `--config.model.width=16`. An op
 listed here is refused, and so is a value of another type.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -26,6 +26,8 @@ def get_config() -> ConfigDict:
 
     # Training.
     config.seed = 0
+    # Several seeds, for example (0, 1, 2): each in a folder of its own, then mean and spread.
+    config.seeds = ()
     # Of all devices together; must be a multiple of their number.
     config.batch_size = 16
     config.num_steps = 20_000
@@ -113,7 +115,18 @@ def get_config() -> ConfigDict:
     config.evaluate.batch_size = 32
     # The image-level score is the mean of this fraction of the map's pixels, the highest ones.
     config.evaluate.top_fraction = 0.005
-    # Of each kind (best, worst, missed); 0 writes none.
+    # Fraction of train/good that is not trained on: thresholds are made from it, without defects.
+    config.evaluate.held_out = 0.1
+    # The pixel threshold is what this share of the held-out pixels reaches, the image threshold
+    # what this share of the held-out images reaches.
+    config.evaluate.pixel_false_positive_rate = 0.001
+    config.evaluate.image_false_positive_rate = 0.05
+    # Thresholds of one's own in place of those from held-out images, from 0 to 1.
+    config.evaluate.pixel_threshold = config_dict.placeholder(float)
+    config.evaluate.image_threshold = config_dict.placeholder(float)
+    # Pixel metrics at the size of the mask files, maps enlarged to it, instead of image_size.
+    config.evaluate.native_size = False
+    # Of each kind (best, worst, missed, false alarm); 0 writes none.
     config.evaluate.pictures = 8
 
     # Compiled programs are kept here between runs; "" keeps none.

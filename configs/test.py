@@ -24,5 +24,6 @@ def get_config(categories: str = "all") -> ConfigDict:
     config.checkpoint_every = 2
     config.log_every = 2
     config.evaluate.batch_size = 4
+    config.evaluate.held_out = 0.4
     config.evaluate.pictures = 2
     return config

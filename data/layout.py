@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from anoseg_jax import UsageError
+
 GOOD = "good"
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".pbm"}
@@ -30,7 +32,7 @@ MAX_PIXELS = 150_000_000
 _CLASS_NUMBERS_BELOW = 32
 
 
-class LayoutError(ValueError):
+class LayoutError(UsageError):
     """A folder or file that cannot be used; each line of the message names one and says why."""
 
 

@@ -402,7 +402,7 @@ def test_the_files_of_evaluate_are_read(tmp_path):
     }
     evaluation = evaluate.evaluate(Predictor(), [batch])
     (tmp_path / "A" / "screw").mkdir(parents=True)
-    evaluate.write_results(tmp_path / "A", "screw", evaluation.results, config="{}")
+    evaluate.write_results(tmp_path / "A", "screw", evaluation.results, config="{}", command="")
     evaluate.write_evaluation(tmp_path / "A" / "screw", evaluation, batch)
     found = compare.compare([tmp_path / "A", tmp_path / "A"], bootstrap=20)
     for value in next(iter(found["categories"]["screw"]["values"].values())).values():
@@ -473,7 +473,8 @@ def test_mean_over_seeds_by_hand():
 def test_mean_over_seeds_is_results_in_shape():
     found = compare.mean_over_seeds({seed: seed_results(0.1 * seed) for seed in range(3)})
     assert evaluate.mean_of(found["categories"]) == {m: found["mean"][m] for m in evaluate.METRICS}
-    assert "| screw | 0.5000 | 0.5000 | 0.5000 | 0.1000 |" in evaluate.as_markdown(found)
+    assert "| screw | 0.5000 ± 0.0000 |" in evaluate.as_markdown(found)
+    assert "0.1000 ± 0.1000" in evaluate.as_markdown(found)
     json.dumps(found, allow_nan=False)
 
 

@@ -103,8 +103,8 @@ def test_no_test_images_at_all_are_null_with_a_reason():
 def test_result_files_hold_all_categories_and_their_mean(found, tmp_path):
     results = evaluate.evaluate(FixedPredictor(), [found]).results
     worse = results | {"image_auroc": 0.5, "iou": None, "not_available": {"iou": "no masks"}}
-    evaluate.write_results(tmp_path, "bolt", results, "{}")
-    evaluate.write_results(tmp_path, "nut", worse, "{}")
+    evaluate.write_results(tmp_path, "bolt", results, config="{}", command="c")
+    evaluate.write_results(tmp_path, "nut", worse, config="{}", command="c")
     written = json.loads((tmp_path / "results.json").read_text())
     assert list(written["categories"]) == ["bolt", "nut"]
     assert written["mean"]["image_auroc"] == 0.75

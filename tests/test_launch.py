@@ -71,7 +71,8 @@ def finished(data_dir, tmp_path_factory):
 def test_one_command_trains_evaluates_and_writes_all_its_files(finished):
     workdir, done = finished
     results = json.loads((workdir / "results.json").read_text())
-    assert results.keys() == {"categories", "mean", "config_sha256", "versions", "device"}
+    assert results.keys() >= {"categories", "mean", "config_sha256", "versions", "device"}
+    assert "launch.py --config=configs/test.py" in results["command"]
     bolt = results["categories"]["bolt"]
     for metric in ("image_auroc", "pixel_auroc", "pixel_ap", "iou", "pixel_f1_max", "au_pro"):
         assert 0 <= bolt[metric] <= 1
@@ -87,6 +88,18 @@ def test_one_command_trains_evaluates_and_writes_all_its_files(finished):
     assert len(list(csv.DictReader(open(folder / "images.csv")))) == 6
     assert "Reconstructor" in (folder / "parameters.txt").read_text()
     assert str(workdir / "results.md") in done.stdout and "step 6/6" in done.stdout
+    for page in (workdir / "report.html", folder / "report.html"):
+        assert "bolt" in page.read_text()
+
+
+def test_thresholds_come_from_good_images_that_were_not_trained_on(finished):
+    workdir, _ = finished
+    bolt = json.loads((workdir / "results.json").read_text())["categories"]["bolt"]
+    pixel, image = bolt["thresholds"]["pixel"], bolt["thresholds"]["image"]
+    assert pixel["images"] == image["images"] == 2  # 40 % of 6
+    assert "held out" in pixel["how"] and 0 < pixel["threshold"] < 1
+    assert image["found"] + image["missed"] == image["good_images"] == 3
+    assert 0 <= pixel["iou"] <= 1
 
 
 def test_the_same_command_again_trains_nothing_and_gives_the_same_results(finished, data_dir):
@@ -97,13 +110,43 @@ def test_the_same_command_again_trains_nothing_and_gives_the_same_results(finish
     assert json.loads((workdir / "results.json").read_text()) == before
 
 
+def test_report_and_comparison_are_made_from_the_files_alone(finished, tmp_path):
+    workdir, _ = finished
+    page = workdir / "bolt" / "report.html"
+    before = page.read_bytes()
+    page.unlink()
+    assert launch("--mode=report", f"--workdir={workdir}").returncode == 0
+    assert page.read_bytes() == before
+    done = launch("--mode=compare", f"--workdir={tmp_path}", workdir, workdir)
+    assert done.returncode == 0, done.stderr
+    assert "bolt" in done.stdout and (tmp_path / "comparison.md").exists()
+
+
+def test_several_seeds_are_run_side_by_side_and_averaged(data_dir, tmp_path):
+    more = ("--config.seeds=(1,2)", "--config.num_steps=2", "--config.evaluate.pictures=0")
+    done = launch(*arguments(data_dir, tmp_path, *more))
+    assert done.returncode == 0, done.stderr
+    one, two, both = (
+        json.loads((tmp_path / folder / "results.json").read_text())["categories"]["bolt"]
+        for folder in ("seed_1", "seed_2", ".")
+    )
+    assert one["params_sha256"] != two["params_sha256"]
+    assert both["pixel_auroc"] == pytest.approx((one["pixel_auroc"] + two["pixel_auroc"]) / 2)
+    assert both["pixel_auroc_std"] >= 0
+
+
 def test_evaluate_works_from_checkpoints_alone(finished, data_dir, tmp_path):
     workdir, _ = finished
-    before = json.loads((workdir / "results.json").read_text())
+    before = json.loads((workdir / "results.json").read_text())["categories"]["bolt"]
     (workdir / "results.json").unlink()
-    done = launch(*arguments(data_dir, workdir, "--mode=evaluate"))
+    more = ("--config.evaluate.native_size=True", "--config.evaluate.pixel_threshold=0.25")
+    done = launch(*arguments(data_dir, workdir, "--mode=evaluate", *more))
     assert done.returncode == 0, done.stderr
-    assert json.loads((workdir / "results.json").read_text()) == before
+    bolt = json.loads((workdir / "results.json").read_text())["categories"]["bolt"]
+    for key in ("params_sha256", "train_seconds", "image_auroc", "steps"):
+        assert bolt[key] == before[key]
+    assert bolt["defect_pixels"] == 300 > before["defect_pixels"]  # 3 of 10x10 at 40x40
+    assert bolt["thresholds"]["pixel"]["threshold"] == 0.25
     missing = launch(*arguments(data_dir, tmp_path, "--mode=evaluate"))
     assert missing.returncode == 1
     assert missing.stderr.startswith("error: bolt: no checkpoint in")
@@ -144,7 +187,10 @@ def test_check_reports_without_training(data_dir):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "error: needs --config=FILE --workdir=DIR"),
+        ([], "error: needs --config=FILE"),
+        (["--config=configs/test.py"], "needs --workdir=DIR"),
+        (["--mode=report", "--workdir=/none"], "/none"),
+        (["--mode=compare", "--workdir=w", "/none", "/none2"], "/none"),
         (["--config=configs/none.py", "--workdir=w"], "configs/none.py"),
         (["--config=configs/test.py", "--workdir=w", "--config.foo=1"], "no option 'foo'"),
         (["--config=configs/test.py", "--workdir=w", "--config.num_steps=x"], "config.num_steps=x"),

@@ -345,7 +345,7 @@ def test_a_single_pixel_survives_being_made_small():
     assert not report.cover(~np.ones_like(region), (70, 100)).any()
 
 
-@pytest.mark.parametrize(("threshold", "level"), [(0.0, 0), (1e-4, 1), (0.6, 153), (1.0, 255)])
+@pytest.mark.parametrize(("threshold", "level"), [(0.0, 0), (1e-4, 1), (0.399, 102), (1.0, 255)])
 def test_thresholds_are_rounded_as_maps_are(threshold, level):
     assert report.level_of(threshold) == level
 

@@ -1,0 +1,91 @@
+"""An experiment: every category of a config trained, evaluated and written, over seeds if asked."""
+
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from anoseg_jax import compare, evaluate, input_pipeline, options, pictures, predict, report, train
+
+Splits = tuple[Any, Any]  # (train, test): tf.data sets, see input_pipeline.load_arrays
+
+
+def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: bool) -> dict:
+    """Trains (if `training`) and evaluates one category in `folder`; returns its results."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if training:
+        images = input_pipeline.load_arrays(splits[0], config.image_size)["image"]
+        images, held_out = input_pipeline.hold_out(
+            images, fraction=config.evaluate.held_out, seed=config.seed
+        )
+        batches = partial(
+            input_pipeline.train_batches, images, batch_size=config.batch_size, seed=config.seed
+        )
+        train.fit(config, batches, folder, held_out=held_out, writer=train.create_writer(folder))
+    predictor = predict.Predictor(folder, top_fraction=config.evaluate.top_fraction)
+    arrays = input_pipeline.load_arrays(splits[1], predictor.image_size)
+    batches = input_pipeline.test_batches(arrays, config.evaluate.batch_size)
+    evaluation = evaluate.evaluate(
+        predictor,
+        batches,
+        native_masks=input_pipeline.load_masks(splits[1]) if config.evaluate.native_size else None,
+        pixel_threshold=config.evaluate.pixel_threshold,
+        image_threshold=config.evaluate.image_threshold,
+    )
+    evaluate.write_evaluation(folder, evaluation, arrays)
+    pictures.write_pictures(folder / "pictures", evaluation, arrays, config.evaluate.pictures)
+    return evaluation.results
+
+
+def run_seed(
+    config: ConfigDict, workdir: Path, splits: Mapping[str, Splits], *, training: bool, command: str
+) -> list[str]:
+    """Runs all categories with `config.seed`; returns a line for each that failed.
+
+    Results are written after every category: what is finished is not lost with what follows.
+    """
+    failures = []
+    for name, of_category in splits.items():
+        print(f"== {name}", flush=True)
+        try:
+            results = run_category(
+                options.of_category(config, name), workdir / name, of_category, training=training
+            )
+        except (train.TrainingError, FileNotFoundError) as error:
+            failures.append(f"{name}: {error}")
+            print(f"error: {failures[-1]}", file=sys.stderr)
+            continue
+        evaluate.write_results(workdir, name, results, config=config.to_json(), command=command)
+        print(evaluate.summary(name, results), flush=True)
+    if len(failures) < len(splits):
+        report.write_run(workdir)
+        print(f"results: {workdir}/results.md; pictures and curves: {workdir}/report.html")
+    return failures
+
+
+def run(
+    config: ConfigDict, workdir: Path, splits: Mapping[str, Splits], *, training: bool, command: str
+) -> list[str]:
+    """Runs `config.seed`, or each of `config.seeds` in `workdir`/seed_N and then their mean.
+
+    Returns a line for each category that failed.
+    """
+    if not config.seeds:
+        return run_seed(config, workdir, splits, training=training, command=command)
+    failures, results = [], {}
+    for seed in config.seeds:
+        print(f"==== seed {seed}", flush=True)
+        one = config.copy_and_resolve_references()
+        one.seed, one.seeds = seed, ()
+        folder = workdir / f"seed_{seed}"
+        failed = run_seed(one, folder, splits, training=training, command=command)
+        failures += [f"seed {seed}: {line}" for line in failed]
+        if (folder / "results.json").exists():
+            results[seed] = evaluate.read_results(folder)
+    if results:
+        evaluate.write_everything(workdir, compare.mean_over_seeds(results))
+        print(f"mean and spread over {len(results)} seeds: {workdir}/results.md")
+    return failures
