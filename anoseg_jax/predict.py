@@ -55,7 +55,7 @@ def thresholds_from_good(
 
     Returns:
       For "pixel" and "image": `threshold` (`score >= threshold` is defective; None where there are
-      no images), `false_positive_rate`, `images` and, in words, `how`.
+      no images), `held_out_rate` (what was asked for), `images` and, in words, `how`.
     """
     made = {}
     for name, values, rate in (("pixel", maps, pixel_rate), ("image", scores, image_rate)):
@@ -67,7 +67,7 @@ def thresholds_from_good(
             how += f": above all of them, as {count} images cannot tell a rate of {rate:.2%}"
         made[name] = {
             "threshold": metrics.threshold_from_good(values, rate),
-            "false_positive_rate": rate,
+            "held_out_rate": rate,
             "images": count,
             "how": how,
         }

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,6 +177,39 @@ def test_kill_9_in_mid_training_and_the_same_command_again_change_nothing(data_d
     for category in (expected, results):
         category.pop("train_seconds")
     assert results == expected
+
+
+def test_what_cannot_be_measured_is_null_with_a_reason(data_dir, tmp_path):
+    for name, missing in {
+        "no_masks": ["ground_truth"],
+        "no_test": ["test", "ground_truth"],
+        "all_good": ["test/hole", "ground_truth"],
+        "one_image": [f"train/good/{index:03d}.png" for index in range(1, 6)],
+    }.items():
+        shutil.copytree(data_dir / "bolt", tmp_path / "data" / name)
+        for path in missing:
+            target = tmp_path / "data" / name / path
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+    more = ("--config.num_steps=2", "--config.evaluate.pictures=1")
+    done = launch(*arguments(tmp_path / "data", tmp_path / "w", *more))
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "w" / "results.json").read_text())
+    available = {
+        name: {m for m in ("image_auroc", "pixel_auroc", "iou", "au_pro") if found[m] is not None}
+        for name, found in results["categories"].items()
+    }
+    assert available == {
+        "no_masks": {"image_auroc"},
+        "no_test": set(),
+        "all_good": set(),
+        "one_image": {"image_auroc", "pixel_auroc", "iou", "au_pro"},
+    }
+    for found in results["categories"].values():
+        for metric in ("image_auroc", "pixel_auroc", "iou", "au_pro"):
+            assert found[metric] is not None or found["not_available"][metric]
+    one_image = results["categories"]["one_image"]["thresholds"]
+    assert one_image["pixel"]["threshold"] is None and "too few" in one_image["pixel"]["how"]
+    assert "Not available:" in (tmp_path / "w" / "results.md").read_text()
 
 
 def test_check_reports_without_training(data_dir):
