@@ -8,7 +8,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from anoseg_jax import compare, evaluate, input_pipeline, options, pictures, predict, report, train
+from anoseg_jax import (
+    compare,
+    evaluate,
+    input_pipeline,
+    options,
+    pictures,
+    predict,
+    report,
+    train,
+    train_log,
+)
 
 Splits = tuple[Any, Any]  # (train, test): tf.data sets, see input_pipeline.load_arrays
 
@@ -19,12 +29,14 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
     if training:
         images = input_pipeline.load_arrays(splits[0], config.image_size)["image"]
         images, held_out = input_pipeline.hold_out(
-            images, fraction=config.evaluate.held_out, seed=config.seed
+            images, fraction=config.held_out, seed=config.seed
         )
         batches = partial(
             input_pipeline.train_batches, images, batch_size=config.batch_size, seed=config.seed
         )
-        train.fit(config, batches, folder, held_out=held_out, writer=train.create_writer(folder))
+        train.fit(
+            config, batches, folder, held_out=held_out, writer=train_log.create_writer(folder)
+        )
     predictor = predict.Predictor(folder, top_fraction=config.evaluate.top_fraction)
     arrays = input_pipeline.load_arrays(splits[1], predictor.image_size)
     batches = input_pipeline.test_batches(arrays, config.evaluate.batch_size)

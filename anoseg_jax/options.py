@@ -23,6 +23,10 @@ def check(config: ConfigDict) -> None:
     for key in ("num_steps", "log_every", "checkpoint_every"):
         if config[key] < 1:
             raise OptionError(f"{key}={config[key]} must be at least 1")
+    for key in ("held_out", "evaluate.top_fraction"):
+        value = config.evaluate.top_fraction if "." in key else config[key]
+        if not 0 <= value < 1:
+            raise OptionError(f"{key}={value} must be from 0 to less than 1")
     for key, value, choices in (
         ("defects.preset", config.defects.preset, defects.PRESETS),
         ("loss.segmentation", config.loss.segmentation, losses.SEGMENTATION),

@@ -62,7 +62,7 @@ def thresholds_from_good(
         count = len(values)
         how = f"at most {rate:.2%} of the {name}s of {count} good images that were held out"
         if not count:
-            how = "none: too few good images to hold any out (evaluate.held_out)"
+            how = "none: too few good images to hold any out (held_out)"
         elif name == "image" and count * rate < 1:
             how += f": above all of them, as {count} images cannot tell a rate of {rate:.2%}"
         made[name] = {
@@ -87,11 +87,16 @@ class Predictor:
     def __init__(self, category_dir: str | Path, top_fraction: float | None = None):
         """Loads the newest checkpoint of `W/<category>`; FileNotFoundError if there is none.
 
-        `top_fraction` (see `predict_fn`) stands in for the one of the checkpoint's options.
+        `top_fraction` (see `predict_fn`) stands in for the one of the checkpoint's options, whose
+        image threshold is of no use then.
         """
         self.params, self.config, self.record, self.step = checkpoint.restore_variables(
             Path(category_dir) / "checkpoints"
         )
+        trained_with = self.config["evaluate"]["top_fraction"]
+        if top_fraction not in (None, trained_with) and "thresholds" in self.record:
+            how = f"none: made from scores of evaluate.top_fraction={trained_with}"
+            self.record["thresholds"]["image"] = {"threshold": None, "how": how}
         self.image_size = tuple(self.config["image_size"])
         generator, _ = models.create(self.config["model"], self.config["loss"])
         mesh = Mesh(jax.local_devices(), ("batch",))
@@ -100,7 +105,7 @@ class Predictor:
             partial(
                 predict_fn,
                 generator=generator,
-                top_fraction=top_fraction or self.config["evaluate"]["top_fraction"],
+                top_fraction=trained_with if top_fraction is None else top_fraction,
             )
         )
         self.params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))

@@ -17,7 +17,16 @@ from jax import Array
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from anoseg_jax import augment, checkpoint, defects, losses, models, predict, train_state
+from anoseg_jax import (
+    augment,
+    checkpoint,
+    defects,
+    losses,
+    models,
+    predict,
+    train_log,
+    train_state,
+)
 from anoseg_jax.train_state import Optimizers, TrainState
 
 # A resumed run may have other values of these and still be the same run.
@@ -266,45 +275,6 @@ def restore_or_create(
     return state, record
 
 
-def create_writer(category_dir: Path) -> Any:
-    """Returns a clu writer of TensorBoard events; brings in TensorFlow."""
-    from clu import metric_writers
-
-    return metric_writers.SummaryWriter(str(category_dir))
-
-
-def keep_log_until(path: Path, step: int) -> None:
-    """Drops the log's lines after `step`: a run that was killed may be ahead of its checkpoint."""
-    if not path.exists():
-        return
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(path)
-
-
-LOSSES = ("loss_segmentation", "loss_adversarial", "loss_reconstruction", "loss_discriminator")
-
-
-def write_log_line(path: Path, line: dict[str, Any], bar: tqdm, num_steps: int) -> None:
-    """Appends the line to the log and shows it: on the bar, or as text where there is no terminal.
-
-    Losses that are switched off are null.
-    """
-    complete = {"step": line["step"]} | dict.fromkeys((*LOSSES, "images_per_second")) | line
-    with path.open("a") as log:
-        log.write(json.dumps(complete) + "\n")
-    terms = {name.removeprefix("loss_")[:3]: line[name] for name in LOSSES if name in line}
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
-    if not bar.disable:
-        bar.set_postfix_str(shown)
-        return
-    speed = line.get("images_per_second")
-    rate = f"  {speed:.1f} images/s" if speed else ""
-    print(f"step {line['step']}/{num_steps}  {shown}{rate}", flush=True)
-
-
 class Parts(NamedTuple):
     """What a config describes, as functions: see `draw_examples`, `train_step`, `create_state`."""
 
@@ -420,7 +390,7 @@ def fit(
         (category_dir / "config.json").write_text(config.to_json(indent=2) + "\n")
         state = train_state.place(state)
         log_path = category_dir / "train_log.jsonl"
-        keep_log_until(log_path, start)
+        train_log.keep_until(log_path, start)
         earlier_seconds, began = record["train_seconds"], time.monotonic()
         pending: list[dict[str, Array]] = []  # each step's metrics since the last line of the log
         timed_step, timed_at = start + 1, None
@@ -451,7 +421,7 @@ def fit(
                     images_done = (step - timed_step) * config.batch_size
                     line["images_per_second"] = images_done / (now - timed_at)
                 timed_step, timed_at = step, now
-                write_log_line(log_path, line, bar, config.num_steps)
+                train_log.write_line(log_path, line, bar, config.num_steps)
                 if writer is not None:
                     writer.write_scalars(step, {k: v for k, v in line.items() if k != "step"})
             if save:

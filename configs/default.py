@@ -23,6 +23,8 @@ def get_config() -> ConfigDict:
     config.categories = ("all",)
     # Height and width in pixels that images are resized to: multiples of 2**model.depth.
     config.image_size = (256, 256)
+    # Fraction of train/good that is not trained on: thresholds are made from it, without defects.
+    config.held_out = 0.1
 
     # Training.
     config.seed = 0
@@ -115,8 +117,6 @@ def get_config() -> ConfigDict:
     config.evaluate.batch_size = 32
     # The image-level score is the mean of this fraction of the map's pixels, the highest ones.
     config.evaluate.top_fraction = 0.005
-    # Fraction of train/good that is not trained on: thresholds are made from it, without defects.
-    config.evaluate.held_out = 0.1
     # The pixel threshold is what this share of the held-out pixels reaches, the image threshold
     # what this share of the held-out images reaches.
     config.evaluate.pixel_false_positive_rate = 0.001

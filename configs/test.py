@@ -18,12 +18,12 @@ def get_config(categories: str = "all") -> ConfigDict:
     config.model.latent = 8
     config.model.discriminator_width = 8
     config.model.discriminator_depth = 2
+    config.held_out = 0.4
     config.batch_size = 4
     config.num_steps = 6
     config.warmup_steps = 2
     config.checkpoint_every = 2
     config.log_every = 2
     config.evaluate.batch_size = 4
-    config.evaluate.held_out = 0.4
     config.evaluate.pictures = 2
     return config

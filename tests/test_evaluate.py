@@ -174,6 +174,42 @@ def test_the_hash_is_of_names_shapes_and_values():
     assert digest not in {evaluate.params_sha256(other) for other in others}
 
 
+def test_thresholds_are_what_the_asked_for_share_of_good_pixels_and_images_reaches():
+    maps = np.arange(1000.0).reshape(10, 10, 10) / 1000
+    made = predict.thresholds_from_good(
+        maps, maps.max(axis=(1, 2)), pixel_rate=0.01, image_rate=0.2
+    )
+    assert np.mean(maps >= made["pixel"]["threshold"]) == pytest.approx(0.01)
+    assert np.sum(maps.max(axis=(1, 2)) >= made["image"]["threshold"]) == 2
+    assert made["image"]["images"] == 10 and "20.00%" in made["image"]["how"]
+    few = predict.thresholds_from_good(maps[:2], np.ones(2), pixel_rate=0.01, image_rate=0.05)
+    assert few["image"]["threshold"] > 1 and "2 images cannot tell" in few["image"]["how"]
+
+
+def test_what_a_threshold_is_worth_by_hand(found):
+    predictor = FixedPredictor()
+    predictor.record = predictor.record | {
+        "thresholds": {
+            "pixel": {"threshold": 0.5, "how": "held out"},
+            "image": {"threshold": 0.9, "how": "held out"},
+        }
+    }
+    thresholds = evaluate.evaluate(predictor, [found]).results["thresholds"]
+    assert thresholds["pixel"]["iou"] == pytest.approx(4 / 5)
+    assert thresholds["pixel"]["precision"] == pytest.approx(4 / 5)
+    assert thresholds["image"]["missed"] == 1 and thresholds["image"]["precision"] is None
+    own = evaluate.evaluate(predictor, [found], image_threshold=0.0).results["thresholds"]
+    assert own["image"]["false_alarms"] == 2 and own["image"]["precision"] == pytest.approx(1 / 3)
+    assert "set by the user" in own["image"]["how"] and own["pixel"]["how"] == "held out"
+
+
+def test_native_size_measures_at_the_size_of_the_masks(found):
+    large = [np.kron(mask, np.ones((3, 5), bool)) for mask in found["mask"]]
+    results = evaluate.evaluate(FixedPredictor(), [found], native_masks=large).results
+    assert results["defect_pixels"] == 4 * 15
+    assert results["iou"] > 0.5
+
+
 def test_the_image_score_is_the_mean_of_the_highest_pixels():
     maps = jnp.arange(16.0).reshape(1, 4, 4)
     assert predict.image_scores(maps, 0.25)[0] == pytest.approx((12 + 13 + 14 + 15) / 4)

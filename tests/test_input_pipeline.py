@@ -89,6 +89,24 @@ def test_a_resumed_run_sees_the_batches_that_an_uninterrupted_one_sees():
         np.testing.assert_array_equal(batch, expected)
 
 
+def test_held_out_images_are_no_others_and_do_not_depend_on_what_came_before():
+    images = np.arange(25, dtype=np.uint8).reshape(25, 1, 1, 1)
+    train, held_out = input_pipeline.hold_out(images, fraction=0.2, seed=3)
+    assert len(held_out) == 5
+    assert sorted([*train.ravel(), *held_out.ravel()]) == list(range(25))
+    np.testing.assert_array_equal(
+        held_out, input_pipeline.hold_out(images, fraction=0.2, seed=3)[1]
+    )
+    assert not np.array_equal(held_out, input_pipeline.hold_out(images, fraction=0.2, seed=4)[1])
+
+
+@pytest.mark.parametrize(("count", "fraction"), [(1, 0.9), (9, 0.1), (5, 0.0)])
+def test_too_few_images_are_all_trained_on(count, fraction):
+    images = np.zeros((count, 1, 1, 3), np.uint8)
+    train, held_out = input_pipeline.hold_out(images, fraction=fraction, seed=0)
+    assert len(train) == count and held_out.shape == (0, 1, 1, 3)
+
+
 def test_a_single_image_fills_whole_batches():
     images = np.full((1, 2, 2, 3), 9, np.uint8)
     assert next(input_pipeline.train_batches(images, 0, batch_size=4, seed=0)).shape == (4, 2, 2, 3)

@@ -40,6 +40,7 @@ def test_options_of_a_category_stand_in_for_those_of_the_run():
         ({"batch_size": 0}, r"batch_size=0 .*example 4"),
         ({"num_steps": 0}, "num_steps=0"),
         ({"log_every": 0}, "log_every=0"),
+        ({"held_out": 1.0}, "held_out=1.0 must be from 0 to less than 1"),
         ({"image_size": (30, 32)}, r"30x32.*model.depth=2.*multiples of 4"),
         ({"dataset": "mvtec"}, "dataset='mvtec' must be one of folder, mvtec_ad, synthetic_ad"),
         ({"defects.preset": "hard"}, "defects.preset='hard'"),

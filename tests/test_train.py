@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anoseg_jax import checkpoint, evaluate, predict, train, train_state
+from anoseg_jax import checkpoint, evaluate, predict, train, train_log, train_state
 from configs import test as test_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,7 +163,7 @@ def log_lines(folder):
 def test_the_log_has_a_line_every_n_steps_with_all_its_keys(uninterrupted):
     lines = log_lines(uninterrupted)
     assert [line["step"] for line in lines] == [2, 4, 6]
-    keys = {"step", "learning_rate", "images_per_second", *train.LOSSES}
+    keys = {"step", "learning_rate", "images_per_second", *train_log.LOSSES}
     assert all(keys <= line.keys() for line in lines)
     assert all(isinstance(line[key], float) for line in lines for key in keys - {"step"})
 

@@ -1,0 +1,49 @@
+"""The log of a training run: train_log.jsonl, the terminal, TensorBoard.
+
+A line of train_log.jsonl is a JSON object: `step`; the means, since the line before, of the losses
+and gradient norms; `learning_rate` of the step; `images_per_second`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+LOSSES = ("loss_segmentation", "loss_adversarial", "loss_reconstruction", "loss_discriminator")
+
+
+def create_writer(category_dir: Path) -> Any:
+    """Returns a clu writer of TensorBoard events; brings in TensorFlow."""
+    from clu import metric_writers
+
+    return metric_writers.SummaryWriter(str(category_dir))
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drops the log's lines after `step`: a run that was killed may be ahead of its checkpoint."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.replace(path)
+
+
+def write_line(path: Path, line: dict[str, Any], bar: tqdm, num_steps: int) -> None:
+    """Appends the line to the log and shows it: on the bar, or as text where there is no terminal.
+
+    Losses that are switched off are null.
+    """
+    complete = {"step": line["step"]} | dict.fromkeys((*LOSSES, "images_per_second")) | line
+    with path.open("a") as log:
+        log.write(json.dumps(complete) + "\n")
+    terms = {name.removeprefix("loss_")[:3]: line[name] for name in LOSSES if name in line}
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
+    if not bar.disable:
+        bar.set_postfix_str(shown)
+        return
+    speed = line.get("images_per_second")
+    rate = f"  {speed:.1f} images/s" if speed else ""
+    print(f"step {line['step']}/{num_steps}  {shown}{rate}", flush=True)
