@@ -37,7 +37,11 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
         train.fit(
             config, batches, folder, held_out=held_out, writer=train_log.create_writer(folder)
         )
-    predictor = predict.Predictor(folder, top_fraction=config.evaluate.top_fraction)
+    predictor = predict.Predictor(
+        folder,
+        top_fraction=config.evaluate.top_fraction,
+        batch_size=config.evaluate.batch_size,
+    )
     arrays = input_pipeline.load_arrays(splits[1], predictor.image_size)
     batches = input_pipeline.test_batches(arrays, config.evaluate.batch_size)
     evaluation = evaluate.evaluate(

@@ -1,5 +1,6 @@
 """From images to anomaly maps and image-level scores; needs neither TensorFlow nor the data."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,31 @@ def predict_fn(
     logits, reconstructions = generator.apply({"params": params}, images.astype(jnp.float32) / 255)
     maps = nn.sigmoid(logits)
     return maps, image_scores(maps, top_fraction), jnp.clip(reconstructions, 0, 1)
+
+
+def create_predict(
+    generator: nn.Module, *, top_fraction: float, batch_size: int | None = None
+) -> Callable[[Any, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Returns `predict_fn` as a function of parameters and images, divided over all local devices.
+
+    It takes uint8 [b, h, w, 3] and fills up with copies of the last image: to `batch_size`, so that
+    it is compiled once for all batches up to it, or with None to a multiple of the devices.
+    """
+    mesh = Mesh(jax.local_devices(), ("batch",))
+    replicated, divided = (
+        NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("batch"))
+    )
+    jitted = jax.jit(partial(predict_fn, generator=generator, top_fraction=top_fraction))
+
+    def predict(params: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        count = len(images)
+        size = max(count, batch_size or 0)
+        size += -size % mesh.size
+        filled = np.concatenate([images, np.repeat(images[-1:], size - count, axis=0)])
+        results = jitted(jax.device_put(params, replicated), jax.device_put(filled, divided))
+        return tuple(np.asarray(result)[:count] for result in results)
+
+    return predict
 
 
 def thresholds_from_good(
@@ -84,11 +110,17 @@ class Predictor:
       image_size: height and width of the images that it takes.
     """
 
-    def __init__(self, category_dir: str | Path, top_fraction: float | None = None):
+    def __init__(
+        self,
+        category_dir: str | Path,
+        *,
+        top_fraction: float | None = None,
+        batch_size: int | None = None,
+    ):
         """Loads the newest checkpoint of `W/<category>`; FileNotFoundError if there is none.
 
         `top_fraction` (see `predict_fn`) stands in for the one of the checkpoint's options, whose
-        image threshold is of no use then.
+        image threshold is of no use then. `batch_size`: see `create_predict`.
         """
         self.params, self.config, self.record, self.step = checkpoint.restore_variables(
             Path(category_dir) / "checkpoints"
@@ -99,16 +131,11 @@ class Predictor:
             self.record["thresholds"]["image"] = {"threshold": None, "how": how}
         self.image_size = tuple(self.config["image_size"])
         generator, _ = models.create(self.config["model"], self.config["loss"])
-        mesh = Mesh(jax.local_devices(), ("batch",))
-        self._sharding = NamedSharding(mesh, PartitionSpec("batch"))
-        self._predict = jax.jit(
-            partial(
-                predict_fn,
-                generator=generator,
-                top_fraction=trained_with if top_fraction is None else top_fraction,
-            )
+        self._predict = create_predict(
+            generator,
+            top_fraction=trained_with if top_fraction is None else top_fraction,
+            batch_size=batch_size,
         )
-        self.params = jax.device_put(self.params, NamedSharding(mesh, PartitionSpec()))
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns maps [b, h, w], scores [b] and reconstructions [b, h, w, 3] of uint8 images.
@@ -121,8 +148,4 @@ class Predictor:
                 f"images must be uint8 [b, {', '.join(map(str, expected))}], the size that the "
                 f"model was trained at; got {images.dtype} {list(images.shape)}"
             )
-        # Filled up to a multiple of the devices, with copies of the last image.
-        count, devices = len(images), self._sharding.num_devices
-        padded = np.concatenate([images, np.repeat(images[-1:], -count % devices, axis=0)])
-        results = self._predict(self.params, jax.device_put(padded, self._sharding))
-        return tuple(np.asarray(result)[:count] for result in results)
+        return self._predict(self.params, images)

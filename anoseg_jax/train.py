@@ -36,6 +36,9 @@ MAY_CHANGE = (
 ).split()
 
 
+PANEL_ROWS = 8  # examples that are shown in TensorBoard
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line that says why."""
 
@@ -192,28 +195,28 @@ def train_step(
 
 
 def draw_panel(
-    params: Any, images: Array, key: Array, *, generator: nn.Module, draw: Callable
-) -> Array:
-    """Returns rows of (input, with defect, mask, map, reconstruction): [b, h, 5 w, 3] in [0, 1]."""
-    good, defective, masks = draw(key, images, 0)
-    logits, reconstructions = generator.apply({"params": params}, defective)
-    in_colour = lambda x: jnp.repeat(x[..., None], 3, axis=-1)  # noqa: E731
-    columns = [good, defective, in_colour(masks), in_colour(nn.sigmoid(logits)), reconstructions]
-    return jnp.clip(jnp.concatenate(columns, axis=2), 0, 1)
+    good: np.ndarray,
+    defective: np.ndarray,
+    masks: np.ndarray,
+    maps: np.ndarray,
+    reconstructions: np.ndarray,
+) -> np.ndarray:
+    """Returns rows of (good, defective, mask, map, reconstruction): [b, h, 5 w, 3] in [0, 1]."""
+    in_colour = lambda x: np.repeat(x[..., None], 3, axis=-1)  # noqa: E731
+    columns = [good, defective, in_colour(masks), in_colour(maps), reconstructions]
+    return np.concatenate(columns, axis=2)
 
 
 def calibrate(
     predict_fn: Callable, params: Any, held_out: np.ndarray | None, config: ConfigDict
 ) -> dict[str, dict[str, Any]]:
     """Returns the thresholds (predict.thresholds_from_good) of these weights."""
-    size, count = config.evaluate.batch_size, 0 if held_out is None else len(held_out)
-    maps, scores = [np.zeros((0, 1, 1))], [np.zeros(0)]
-    for start in range(0, count, size):
-        # Filled up with copies of the last image, so that it compiles for one size only.
-        indices = np.minimum(np.arange(start, start + size), count - 1)
-        batch_maps, batch_scores, _ = predict_fn(params, held_out[indices])
-        maps = [*(maps if start else []), np.asarray(batch_maps)[: count - start]]
-        scores = [*scores, np.asarray(batch_scores)[: count - start]]
+    maps, scores = [np.zeros((0, *config.image_size))], [np.zeros(0)]
+    size, images = config.evaluate.batch_size, [] if held_out is None else held_out
+    for start in range(0, len(images), size):
+        batch_maps, batch_scores, _ = predict_fn(params, images[start : start + size])
+        maps.append(batch_maps)
+        scores.append(batch_scores)
     return predict.thresholds_from_good(
         np.concatenate(maps),
         np.concatenate(scores),
@@ -359,14 +362,13 @@ def fit(
         out_axes=(None, 0),
         donate_argnums=0,
     )
-    panel = jax.jit(partial(draw_panel, generator=parts.generator, draw=parts.draw_examples))
-    predict_fn = jax.jit(
-        partial(
-            predict.predict_fn,
-            generator=parts.generator,
-            top_fraction=config.evaluate.top_fraction,
-        )
+    # The program that evaluation runs later: compiled once for both.
+    predict_fn = predict.create_predict(
+        parts.generator,
+        top_fraction=config.evaluate.top_fraction,
+        batch_size=config.evaluate.batch_size,
     )
+    draw = jax.jit(parts.draw_examples)
     draw_key = jax.random.fold_in(jax.random.key(config.seed), 1)
 
     category_dir = Path(category_dir)
@@ -431,7 +433,11 @@ def fit(
                     manager, state, step, config=json.loads(config.to_json()), record=record
                 )
                 if writer is not None:
-                    rows = panel(state.ema, images[:8], jax.random.fold_in(draw_key, step))
+                    panel_key = jax.random.fold_in(draw_key, step)
+                    examples = jax.device_get(draw(panel_key, images[:PANEL_ROWS], 0))
+                    seen = np.round(255 * examples[1]).astype(np.uint8)
+                    maps, _, reconstructions = predict_fn(state.ema, seen)
+                    rows = draw_panel(*examples, maps, reconstructions)
                     writer.write_images(step, {"good|defective|mask|map|reconstruction": rows})
                     writer.flush()
                 timed_at = time.monotonic()
