@@ -17,7 +17,7 @@ def get_config(categories: str = "all") -> ConfigDict:
     config.model.width = 16
     config.model.depth = 4
     config.batch_size = 8
-    config.num_steps = 450
+    config.num_steps = 400
     config.warmup_steps = 30
     config.checkpoint_every = 150
     config.log_every = 50
@@ -26,7 +26,7 @@ def get_config(categories: str = "all") -> ConfigDict:
     # The parts lie a little differently in each picture; the textures are learnt sooner.
     moved = {"augment": {"rotation": 5.0, "shift": 0.03}}
     config.category_options.capsule = moved
-    config.category_options.washer = moved
+    config.category_options.washer = moved | {"num_steps": 550}
     config.category_options.grain = {"num_steps": 200}
     config.category_options.weave = {"num_steps": 200}
     return config

@@ -1,6 +1,7 @@
 """Opens what `config.dataset` names: folders of images, or a TFDS builder of this package."""
 
 import importlib
+from pathlib import Path
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -54,6 +55,12 @@ def open_prepared(
     splits = {}
     for name in known if names == ("all",) else names:
         builder = module.Builder(config=name, data_dir=tfds_dir or None)
+        by_hand = module.Builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not builder.is_prepared()
+        if by_hand and not (data_dir and Path(data_dir).is_dir()):
+            raise layout.LayoutError(
+                f"{dataset}/{name}: is not prepared yet, and data_dir={data_dir!r} is no folder: "
+                "give the one that holds the category folders, --config.data_dir=DIR"
+            )
         manual = tfds.download.DownloadConfig(manual_dir=data_dir or None)
         builder.download_and_prepare(download_config=manual)
         splits[name] = (builder.as_dataset("train"), builder.as_dataset("test"))
