@@ -26,4 +26,5 @@ def get_config(categories: str = "all") -> ConfigDict:
     config.log_every = 2
     config.evaluate.batch_size = 4
     config.evaluate.pictures = 2
+    config.compilation_cache = ""  # tests/conftest.py sets one of their own
     return config
