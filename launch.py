@@ -30,7 +30,6 @@ def run(mode, config, workdir, runs):
         from anoseg_jax import report
 
         report.write_run(workdir)
-        print(f"written: {workdir}/report.html")
         return 0
     if mode == "compare":
         from anoseg_jax import compare
@@ -52,13 +51,10 @@ def run(mode, config, workdir, runs):
     splits = sources.open_splits(
         config.dataset, config.categories, data_dir=config.data_dir, tfds_dir=config.tfds_dir
     )
-    for name in splits:
-        options.of_category(config, name)
-    options.use_compilation_cache(config.compilation_cache)
     command = shlex.join(["python", *sys.argv])
-    return int(
-        bool(experiment.run(config, workdir, splits, training=mode == "train", command=command))
-    )
+    training = mode == "train"
+    failures = experiment.run(config, workdir, splits, training=training, command=command)
+    return int(bool(failures))
 
 
 def complain(error, code=2):

@@ -89,6 +89,9 @@ def run(
 
     Returns a line for each category that failed.
     """
+    for name in splits:
+        options.of_category(config, name)  # refuses what cannot work, before the first is trained
+    options.use_compilation_cache(config.compilation_cache)
     if not config.seeds:
         return run_seed(config, workdir, splits, training=training, command=command)
     failures, results = [], {}
