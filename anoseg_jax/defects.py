@@ -93,9 +93,9 @@ def cut_and_paste(
     source: Array | None = None,
     regions: int = 3,
     area: tuple[float, float] = (0.0005, 0.05),
-    aspect: float = 8.0,
-    opacity: tuple[float, float] = (1.0, 1.0),
-    min_change: float = 0.03,
+    aspect: float = 16.0,
+    opacity: tuple[float, float] = (0.3, 1.0),
+    min_change: float = 0.08,
 ) -> tuple[Array, Array]:
     """Cuts regions from `source` (default: the image itself) and pastes them elsewhere.
 
