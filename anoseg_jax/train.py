@@ -43,8 +43,26 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line that says why."""
 
 
+def predecessors(images: Array, axis_name: str | None) -> Array:
+    """Returns for each image the one before it in the batch of all devices; the first has the last.
+
+    `axis_name` is that of the `jax.pmap` this runs in; None outside one.
+    """
+    last = images[-1:]
+    if axis_name:
+        devices = jax.lax.psum(1, axis_name)
+        last = jax.lax.ppermute(last, axis_name, [(i, (i + 1) % devices) for i in range(devices)])
+    return jnp.concatenate([last, images[:-1]])
+
+
 def draw_examples(
-    key: Array, images: Array, first: Array | int, *, augment_fn: Callable, defect_fn: Callable
+    key: Array,
+    images: Array,
+    first: Array | int,
+    *,
+    augment_fn: Callable,
+    defect_fn: Callable,
+    axis_name: str | None = None,
 ) -> tuple[Array, Array, Array]:
     """Makes training examples of good images.
 
@@ -54,19 +72,21 @@ def draw_examples(
       first: index of the first of them in the batch of all devices: each example has a key of its
         own by that index, so that the number of devices does not change what is drawn.
       augment_fn: `(key, image) -> image`, one good image to another.
-      defect_fn: `(key, image) -> (image, mask)`.
+      defect_fn: `(key, image, other=) -> (image, mask)`; `other` is another good image.
+      axis_name: of the `jax.pmap` this runs in; None outside one.
 
     Returns:
       Good images [b, h, w, 3] in [0, 1], the same with defects, and the defect masks [b, h, w].
     """
 
-    def draw(index: Array, image: Array) -> tuple[Array, Array, Array]:
+    def draw(index: Array, image: Array, other: Array) -> tuple[Array, Array, Array]:
         augment_key, defect_key = jax.random.split(jax.random.fold_in(key, index))
         good = augment_fn(augment_key, image)
-        return good, *defect_fn(defect_key, good)
+        return good, *defect_fn(defect_key, good, other=other)
 
     images = images.astype(jnp.float32) / 255
-    return jax.vmap(draw)(first + jnp.arange(len(images)), images)
+    others = predecessors(images, axis_name)
+    return jax.vmap(draw)(first + jnp.arange(len(images)), images, others)
 
 
 def loss_fn(
@@ -149,6 +169,7 @@ def train_step(
         first,
         augment_fn=augment_fn,
         defect_fn=defect_fn,
+        axis_name=axis_name,
     )
 
     # One forward pass for both players: each takes the gradient of its own loss by its own
@@ -311,6 +332,7 @@ def create_parts(config: ConfigDict) -> Parts:
             defects.synthesize,
             preset=config.defects.preset,
             normal_fraction=config.defects.normal_fraction,
+            on_object=config.defects.on_object,
             options={kind: config.defects[kind] for kind in defects.DEFECTS},
         ),
     }

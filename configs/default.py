@@ -76,16 +76,21 @@ def get_config() -> ConfigDict:
 
     # Synthetic defects (defects.py).
     config.defects = ConfigDict()
-    # "paper", or "plain" for cut-and-paste without hard augmentation (an ablation).
-    config.defects.preset = "paper"
+    # "default", "objects" or "textures"; "paper" for hard augmentation alone, "plain" for
+    # cut-and-paste without it (an ablation).
+    config.defects.preset = "default"
     # Fraction of the images that are left normal.
     config.defects.normal_fraction = 0.25
+    # Where the background is plain, defects begin on the object (presets "default", "objects").
+    config.defects.on_object = True
+    # In all kinds, min_change is in standard deviations of the image; smaller changes are undone
+    # and not marked.
     paste = {
         "regions": 3,  # at most
         "area": (0.0005, 0.05),  # smallest and largest, as fractions of the image
         "aspect": 16.0,  # largest ratio of a region's sides
         "opacity": (0.3, 1.0),  # smallest and largest
-        "min_change": 0.08,  # of 1; smaller changes are undone and not marked
+        "min_change": 0.5,
     }
     config.defects.cut_and_paste = ConfigDict(paste)
     config.defects.hard_augmentation = ConfigDict(paste)
@@ -99,6 +104,35 @@ def get_config() -> ConfigDict:
     config.defects.hard_augmentation.contrast = 0.5
     config.defects.hard_augmentation.saturation = 0.5
     config.defects.hard_augmentation.hue = 90.0
+    # Random shapes are smooth noise cut off at `depth` standard deviations below its peak: from a
+    # few pixels to islands all over; `softness` of the edges from 0 to 1.
+    config.defects.foreign_texture = ConfigDict(
+        {
+            "depth": (0.1, 1.0),
+            "softness": 0.5,
+            "opacity": (0.2, 1.0),
+            "brightness": 0.5,
+            "min_change": 0.3,
+        }
+    )
+    config.defects.scratch = ConfigDict(
+        {
+            "lines": 3,  # at most
+            "length": (0.03, 0.6),  # of the image's shorter side
+            "thickness": (0.006, 0.025),  # likewise
+            "amount": (0.3, 3.0),  # in standard deviations of the image
+            "min_change": 0.3,
+        }
+    )
+    config.defects.local_change = ConfigDict(
+        {
+            "depth": (0.1, 1.5),
+            "softness": 1.0,
+            "amount": (0.3, 3.0),  # of tint and noise, in standard deviations of the image
+            "radius": 3,  # of the blur, in pixels
+            "min_change": 0.3,
+        }
+    )
 
     # Changes that keep a good part good (augment.py). All off: it depends on the part.
     config.augment = ConfigDict()
