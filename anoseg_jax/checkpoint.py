@@ -4,6 +4,7 @@ A checkpoint is `<directory>/<step>/` with three items: `state` (arrays), `confi
 (JSON; `record` holds what belongs to the run so far: seconds of training, parameter count ...).
 """
 
+import hashlib
 from typing import Any, TypeVar
 
 import jax
@@ -67,8 +68,8 @@ def restore(manager: Manager, step: int, template: State) -> tuple[State, dict, 
     return restored.state, restored.config, restored.record
 
 
-def restore_variables(directory: epath.PathLike) -> tuple[dict, dict, dict, int]:
-    """Returns the evaluated (averaged) generator parameters, config, record and step.
+def restore_newest(directory: epath.PathLike) -> tuple[dict, dict, dict, int]:
+    """Returns the state (nested dicts of numpy arrays), config, record and step of the newest.
 
     Raises FileNotFoundError, naming the directory, if it holds no checkpoint.
     """
@@ -84,4 +85,35 @@ def restore_variables(directory: epath.PathLike) -> tuple[dict, dict, dict, int]
                 record=ocp.args.JsonRestore(),
             ),
         )
-    return restored.state["ema"], restored.config, restored.record, step
+    return restored.state, restored.config, restored.record, step
+
+
+def read_record(directory: epath.PathLike) -> dict | None:
+    """Returns the record of the newest checkpoint in `directory`; None if there is none."""
+    if not epath.Path(directory).exists():
+        return None
+    with create_manager(directory, create=False) as manager:
+        step = manager.latest_step()
+        if step is None:
+            return None
+        restored = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+    return restored.record
+
+
+def restore_variables(directory: epath.PathLike) -> tuple[dict, dict, dict, int]:
+    """Returns the evaluated (averaged) generator parameters, config, record and step.
+
+    Raises FileNotFoundError, naming the directory, if it holds no checkpoint.
+    """
+    state, config, record, step = restore_newest(directory)
+    return state["ema"], config, record, step
+
+
+def params_sha256(params: Any) -> str:
+    """Returns the SHA-256 of names, shapes, dtypes and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -16,10 +16,12 @@ import numpy as np
 from PIL import Image
 
 from anoseg_jax import metrics
-from anoseg_jax.predict import Predictor
+from anoseg_jax.checkpoint import params_sha256
+from anoseg_jax.predict import DetectorPredictor, Predictor
 
 # The columns of results.md and what their mean is taken of.
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "iou", "pixel_f1_max", "au_pro")
+IMAGE_COLUMNS = ("name", "defect_type", "label", "has_mask")
 CURVE_POINTS = 200
 # Distinct scores up to which the pixel metrics are exact: 512 maps of 256x256, 400 MB.
 MAX_SCORES = 2**25
@@ -33,8 +35,9 @@ class Evaluation:
     Attributes:
       results: what stands in results.json: metrics (None where there is none, with the reason under
         `not_available`) and what is known of the model.
-      images: a dict an image: name, defect_type, label, has_mask, score and iou (of the 8-bit map
-        at `iou_threshold`; None without a mask or a threshold).
+      images: a dict an image: name, defect_type, label, has_mask, score (the one that is used),
+        score_map, score_detector (None without one) and iou (of the 8-bit map at `iou_threshold`;
+        None without a mask or a threshold).
       maps: uint8 [n, h, w], the anomaly maps times 255: for pictures, not for metrics.
       curves: for plotting: "roc", "pr", "pro", "iou" of metrics.segmentation_metrics.
     """
@@ -43,16 +46,6 @@ class Evaluation:
     images: list[dict[str, Any]]
     maps: np.ndarray
     curves: dict[str, dict[str, list[float]]]
-
-
-def params_sha256(params: Any) -> str:
-    """Returns the SHA-256 of names, shapes, dtypes and bytes of all parameters."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
 
 
 def image_iou(image_map: np.ndarray, mask: np.ndarray, threshold: float) -> float | None:
@@ -69,6 +62,8 @@ def evaluate(
     native_masks: Sequence[np.ndarray] | None = None,
     pixel_threshold: float | None = None,
     image_threshold: float | None = None,
+    detector: DetectorPredictor | None = None,
+    image_score: str = "map",
 ) -> Evaluation:
     """Predicts and measures all images of `batches` (see input_pipeline.test_batches).
 
@@ -79,8 +74,14 @@ def evaluate(
         where given, maps are enlarged to them (bilinear) for the pixel metrics.
       pixel_threshold: stands in for the threshold from held-out images.
       image_threshold: likewise.
+      detector: the image-level detector, where its score is asked for beside the map's.
+      image_score: the score that the image metrics, verdicts and thresholds of the results are of:
+        "map" or "detector". `image_scores` has the image metrics of both.
     """
     thresholds = chosen_thresholds(predictor.record, pixel_threshold, image_threshold)
+    if image_score == "detector":
+        of_detector = chosen_thresholds(detector.record, pixel_threshold, image_threshold)
+        thresholds["image"] = of_detector["image"]
     at = thresholds["pixel"]["threshold"]
     pixels = metrics.SegmentationAccumulator(
         thresholds=() if at is None else (at,), max_scores=MAX_SCORES
@@ -98,14 +99,14 @@ def evaluate(
         pixels.add(at_size, truth, batch["defect_type"].tolist())
         maps.append(np.round(255 * batch_maps).astype(np.uint8))
         masks += list(batch["mask"])
-        columns = ("name", "defect_type", "label", "has_mask")
+        columns = {name: batch[name].tolist() for name in IMAGE_COLUMNS}
+        scores = {"map": batch_scores.tolist(), "detector": [None] * len(batch_scores)}
+        if detector is not None:
+            scores["detector"] = detector(batch["image"], batch_maps).tolist()
+        columns |= {"score": scores[image_score]}
+        columns |= {f"score_{kind}": values for kind, values in scores.items()}
         images += [
-            dict(zip(columns, row, strict=True)) | {"score": float(score)}
-            for row, score in zip(
-                zip(*(batch[column].tolist() for column in columns), strict=True),
-                batch_scores,
-                strict=True,
-            )
+            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
         ]
     pixel = pixels.result(curve_points=CURVE_POINTS)
     curves, at_threshold = pixel.pop("curves"), pixel.pop("at_threshold")
@@ -126,6 +127,17 @@ def evaluate(
         name: of_defect_type(name, types, scores, labels, pixel["defect_types"].get(name))
         for name in sorted(set(types) - {metrics.GOOD})
     }
+    results["image_scores"] = {"map": image_metrics_of("map", images)}
+    if detector is not None:
+        seconds = detector.record["train_seconds"]
+        results["image_scores"]["detector"] = image_metrics_of("detector", images) | {
+            "train_seconds": seconds,
+            "train_share": seconds / (seconds + predictor.record["train_seconds"]),
+            "flops_per_image": detector.record["flops_per_image"],
+            "parameters": detector.record["parameters"],
+            "params_sha256": detector.params_sha256,
+            "steps": detector.step,
+        }
     results |= {
         "params_sha256": params_sha256(predictor.params),
         "steps": predictor.step,
@@ -134,6 +146,12 @@ def evaluate(
     results |= predictor.record
     results["thresholds"] = thresholds
     return Evaluation(results, images, maps, curves)
+
+
+def image_metrics_of(kind: str, images: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the image metrics (metrics.image_metrics) of the scores "map" or "detector"."""
+    scores, labels = (np.array([row[key] for row in images]) for key in (f"score_{kind}", "label"))
+    return metrics.image_metrics(scores, labels)
 
 
 def chosen_thresholds(
@@ -225,7 +243,22 @@ def as_markdown(results: dict[str, Any]) -> str:
         if metric in METRICS
     ]
     note = ["", "Not available:", *reasons] if reasons else []
-    return "\n".join([*lines, *note, ""])
+    return "\n".join([*lines, *image_score_lines(results["categories"]), *note, ""])
+
+
+def image_score_lines(categories: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns the image AUROC of both scores as a table, if a category has a detector's."""
+    rows = [
+        (name, *(_with_spread(scores[kind], "image_auroc") for kind in ("map", "detector")))
+        + (f"{scores['detector']['train_seconds']:.0f}", f"{scores['detector']['train_share']:.0%}")
+        for name, scores in ((name, c.get("image_scores", {})) for name, c in categories.items())
+        if "detector" in scores
+    ]
+    if not rows:
+        return []
+    header = ("image_auroc of", "map", "detector", "its train seconds", "of all training")
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    return ["", lines[0], "|---" * len(header) + "|", *lines[1:]]
 
 
 def _with_spread(values: dict[str, Any], metric: str) -> str:
@@ -286,12 +319,13 @@ def write_results(
 def write_evaluation(folder: Path, evaluation: Evaluation, arrays: dict[str, np.ndarray]) -> None:
     """Writes what pictures and reports are made of, each file whole or not at all.
 
-    images.csv: a line an image: name, defect_type, label, has_mask, score, iou (empty where there
-    is none). curves.json: `Evaluation.curves`. evaluation.npz, in the order of images.csv: `image`
+    images.csv: a line an image, with the keys of `Evaluation.images` (empty where there is no
+    value). curves.json: `Evaluation.curves`. evaluation.npz, in the order of images.csv: `image`
     uint8 [n, h, w, 3], `mask` bool [n, h, w], `map` uint8 [n, h, w] (times 255).
     """
     table = io.StringIO()
-    writer = csv.DictWriter(table, ("name", "defect_type", "label", "has_mask", "score", "iou"))
+    scores = ("score", "score_map", "score_detector")
+    writer = csv.DictWriter(table, (*IMAGE_COLUMNS, *scores, "iou"))
     writer.writeheader()
     writer.writerows(evaluation.images)
     write_text(folder / "images.csv", table.getvalue())

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from anoseg_jax import (
     compare,
+    detector,
     evaluate,
     input_pipeline,
     options,
@@ -37,10 +38,14 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
         train.fit(
             config, batches, folder, held_out=held_out, writer=train_log.create_writer(folder)
         )
+        if config.detector.enabled:
+            writer = train_log.create_writer(folder / "detector")
+            detector.fit(config, batches, folder, held_out=held_out, writer=writer)
     predictor = predict.Predictor(
         folder,
         top_fraction=config.evaluate.top_fraction,
         batch_size=config.evaluate.batch_size,
+        detector=config.detector.enabled,
     )
     arrays = input_pipeline.load_arrays(splits[1], predictor.image_size)
     batches = input_pipeline.test_batches(arrays, config.evaluate.batch_size)
@@ -50,6 +55,8 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
         native_masks=input_pipeline.load_masks(splits[1]) if config.evaluate.native_size else None,
         pixel_threshold=config.evaluate.pixel_threshold,
         image_threshold=config.evaluate.image_threshold,
+        detector=predictor.detector,
+        image_score=config.evaluate.image_score,
     )
     evaluate.write_evaluation(folder, evaluation, arrays)
     pictures.write_pictures(folder / "pictures", evaluation, arrays, config.evaluate.pictures)
@@ -70,7 +77,7 @@ def run_seed(
             results = run_category(
                 options.of_category(config, name), workdir / name, of_category, training=training
             )
-        except (train.TrainingError, FileNotFoundError) as error:
+        except (train.TrainingError, predict.DetectorError, FileNotFoundError) as error:
             failures.append(f"{name}: {error}")
             print(f"error: {failures[-1]}", file=sys.stderr)
             continue

@@ -1,10 +1,10 @@
-"""Generator and discriminator of AnoSeg as pure functions of their variables.
+"""Generator, discriminator and detector of AnoSeg as pure functions of their variables.
 
 Images are float [b, h, w, 3] in [0, 1]; anomaly maps are float [b, h, w], 1 = anomalous. Layer
 tables are this project's own choice: the paper's are not known to it (docs/method.md).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -83,10 +83,11 @@ class Reconstructor(nn.Module):
     depth: int
     latent: int
     dtype: Dtype = jnp.float32
+    outputs: int = 3
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Maps [b, h, w, c] to an image [b, h, w, 3] around 0.5, in float32, not clipped."""
+        """Maps [b, h, w, c] to [b, h, w, outputs] around 0.5, in float32, not clipped."""
         x = space_to_depth(x.astype(self.dtype))  # [b, h/2, w/2, 4c]
         widths = [self.width * min(2**level, 8) for level in range(self.depth)]
         x = ConvBlock(widths[0], dtype=self.dtype)(x)
@@ -96,8 +97,8 @@ class Reconstructor(nn.Module):
         x = ConvBlock(widths[-1], dtype=self.dtype)(x)
         for features in widths[-2::-1]:
             x = ConvBlock(features, dtype=self.dtype)(upsample(x))
-        x = nn.Conv(12, (3, 3), dtype=self.dtype)(x)
-        return depth_to_space(x).astype(jnp.float32) + 0.5  # [b, h, w, 3]
+        x = nn.Conv(4 * self.outputs, (3, 3), dtype=self.dtype)(x)
+        return depth_to_space(x).astype(jnp.float32) + 0.5  # [b, h, w, outputs]
 
 
 class MapHead(nn.Module):
@@ -176,15 +177,54 @@ class Discriminator(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, images: Array, maps: Array) -> Array:
-        """Maps images [b, h, w, 3] and maps [b, h, w] to logits [b, h/2**depth, w/2**depth]."""
+    def __call__(
+        self, images: Array, maps: Array, *, features: bool = False
+    ) -> Array | tuple[Array, list[Array]]:
+        """Maps images [b, h, w, 3] and maps [b, h, w] to logits [b, h/2**depth, w/2**depth].
+
+        With `features`, returns beside them what each halving put out: [b, h/2**k, w/2**k, c] for
+        k from 1 to depth.
+        """
         x = 2 * jnp.concatenate([images, maps[..., None]], axis=-1) - 1
         x = add_coords(x) if self.coords else x
         x = space_to_depth(x.astype(self.dtype))  # [b, h/2, w/2, 4c]
-        x = nn.leaky_relu(nn.Conv(self.width, (3, 3), dtype=self.dtype)(x), 0.2)
+        levels = [nn.leaky_relu(nn.Conv(self.width, (3, 3), dtype=self.dtype)(x), 0.2)]
         for level in range(1, self.depth):
-            x = ConvBlock(self.width * min(2**level, 8), stride=2, dtype=self.dtype)(x)
-        return nn.Conv(1, (3, 3), dtype=self.dtype)(x)[..., 0].astype(jnp.float32)
+            block = ConvBlock(self.width * min(2**level, 8), stride=2, dtype=self.dtype)
+            levels.append(block(levels[-1]))
+        logits = nn.Conv(1, (3, 3), dtype=self.dtype)(levels[-1])[..., 0].astype(jnp.float32)
+        return (logits, levels) if features else logits
+
+
+class Detector(nn.Module):
+    """Draws the pair of image and anomaly map as it would be of a good part.
+
+    Learns from good parts alone; what it cannot draw is what a part should not look like. The map
+    goes in beside the image: where the generator saw a defect, the observed pair differs even if
+    the image is hard to tell from a good one.
+
+    Attributes:
+      width: channels at half the image's size; doubled at each halving, up to eight times.
+      depth: number of halvings; height and width must be multiples of 2**depth.
+      latent: channels of the bottleneck.
+      coords: appends the coordinate channels to what the network sees.
+      dtype: of the computation; parameters and outputs are float32.
+    """
+
+    width: int = 32
+    depth: int = 4
+    latent: int = 32
+    coords: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Array, maps: Array) -> tuple[Array, Array]:
+        """Returns images [b, h, w, 3] and maps [b, h, w] after these, float32, not clipped."""
+        check_size(images.shape[1:3], self.depth)
+        x = 2 * jnp.concatenate([images, maps[..., None]], axis=-1) - 1
+        x = add_coords(x) if self.coords else x
+        pair = Reconstructor(self.width, self.depth, self.latent, self.dtype, outputs=4)(x)
+        return pair[..., :3], pair[..., 3] - 0.5  # a good part's map is about zero
 
 
 # What `config.model.name` may name.
@@ -231,11 +271,35 @@ def create(model: Mapping[str, Any], loss: Mapping[str, Any]) -> tuple[nn.Module
     return generator, discriminator
 
 
-def flops_per_image(generator: nn.Module, image_size: tuple[int, int]) -> float:
-    """Returns the floating-point operations of the generator for one image, as XLA counts them.
+def create_detector(
+    model: Mapping[str, Any], detector: Mapping[str, Any]
+) -> tuple[nn.Module, nn.Module]:
+    """Returns the detector and discriminator that `config.model`, `config.detector` describe.
+
+    Raises ValueError if an option is out of range.
+    """
+    if detector["width"] % 8:
+        raise ValueError(
+            f"detector.width={detector['width']} must be a multiple of 8, the groups of GroupNorm"
+        )
+    shared = {"coords": model["coords"], "dtype": jnp.dtype(model["dtype"])}
+    return Detector(
+        width=detector["width"], depth=model["depth"], latent=detector["latent"], **shared
+    ), Discriminator(
+        width=model["discriminator_width"], depth=model["discriminator_depth"], **shared
+    )
+
+
+def count_flops(function: Callable, *inputs: Any) -> float:
+    """Returns the floating-point operations of `function` on inputs of such shapes, as XLA counts.
 
     Of the program before optimisation: nothing is compiled or run.
     """
+    return float(jax.jit(function).lower(*inputs).cost_analysis()["flops"])
+
+
+def flops_per_image(generator: nn.Module, image_size: tuple[int, int]) -> float:
+    """Returns the floating-point operations of the generator for one image (see `count_flops`)."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
     variables = jax.eval_shape(generator.init, jax.random.key(0), images)
-    return float(jax.jit(generator.apply).lower(variables, images).cost_analysis()["flops"])
+    return count_flops(generator.apply, variables, images)

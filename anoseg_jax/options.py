@@ -20,9 +20,12 @@ def check(config: ConfigDict) -> None:
             f"batch_size={config.batch_size} must be a multiple of the {devices} devices, for "
             f"example {max(1, config.batch_size // devices) * devices}"
         )
-    for key in ("num_steps", "log_every", "checkpoint_every"):
-        if config[key] < 1:
-            raise OptionError(f"{key}={config[key]} must be at least 1")
+    for key, value in (
+        *((key, config[key]) for key in ("num_steps", "log_every", "checkpoint_every")),
+        ("detector.num_steps", config.detector.num_steps),
+    ):
+        if value < 1:
+            raise OptionError(f"{key}={value} must be at least 1")
     for key in ("held_out", "evaluate.top_fraction"):
         value = config.evaluate.top_fraction if "." in key else config[key]
         if not 0 <= value < 1:
@@ -31,15 +34,19 @@ def check(config: ConfigDict) -> None:
         ("defects.preset", config.defects.preset, defects.PRESETS),
         ("loss.segmentation", config.loss.segmentation, losses.SEGMENTATION),
         ("loss.adversarial", config.loss.adversarial, losses.ADVERSARIAL),
+        ("evaluate.image_score", config.evaluate.image_score, ("map", "detector")),
         ("dataset", config.dataset, ("folder", "mvtec_ad", "synthetic_ad")),
     ):
         if value not in choices:
             raise OptionError(f"{key}={value!r} must be one of {', '.join(choices)}")
+    if config.evaluate.image_score == "detector" and not config.detector.enabled:
+        raise OptionError("evaluate.image_score='detector' needs detector.enabled=True")
     grid = config.defects.hard_augmentation.grid
     if not 1 <= grid <= min(config.image_size):
         raise OptionError(f"defects.hard_augmentation.grid={grid} must fit the image's pixels")
     try:
         models.create(config.model, config.loss)
+        models.create_detector(config.model, config.detector)
         models.check_size(config.image_size, config.model.depth)
         models.check_size(config.image_size, config.model.discriminator_depth)
     except ValueError as error:

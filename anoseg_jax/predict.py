@@ -1,6 +1,6 @@
 """From images to anomaly maps and image-level scores; needs neither TensorFlow nor the data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from anoseg_jax import checkpoint, metrics, models
+from anoseg_jax import UsageError, checkpoint, metrics, models
+
+
+class DetectorError(UsageError):
+    """A detector that cannot be used; the message is one line that says why."""
 
 
 def image_scores(maps: Array, top_fraction: float) -> Array:
@@ -43,29 +47,82 @@ def predict_fn(
     return maps, image_scores(maps, top_fraction), jnp.clip(reconstructions, 0, 1)
 
 
-def create_predict(
-    generator: nn.Module, *, top_fraction: float, batch_size: int | None = None
-) -> Callable[[Any, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Returns `predict_fn` as a function of parameters and images, divided over all local devices.
+def feature_distance(observed: Sequence[Array], reconstructed: Sequence[Array]) -> Array:
+    """Returns how far two pairs are apart in the discriminator's features, [b]; 0 if equal.
 
-    It takes uint8 [b, h, w, 3] and fills up with copies of the last image: to `batch_size`, so that
-    it is compiled once for all batches up to it, or with None to a multiple of the devices.
+    Args:
+      observed: features of the observed pairs, [b, h, w, c] a level.
+      reconstructed: those of the reconstructed pairs.
+
+    Of each level the root mean square difference, then the mean of the levels: a defect is small,
+    squares keep it from being drowned in the small errors of everything else.
+    """
+    differences = [
+        a.astype(jnp.float32) - b.astype(jnp.float32)
+        for a, b in zip(observed, reconstructed, strict=True)
+    ]
+    levels = [jnp.sqrt(jnp.mean(jnp.square(x), axis=(1, 2, 3))) for x in differences]
+    return jnp.mean(jnp.stack(levels), axis=0)
+
+
+def detect_fn(
+    params: Mapping[str, Any],
+    images: Array,
+    maps: Array,
+    *,
+    detector: nn.Module,
+    discriminator: nn.Module,
+) -> Array:
+    """Returns the detector's image-level scores [b], float32, of 0 or more.
+
+    Args:
+      params: of the "detector" and of its "discriminator".
+      images: uint8 [b, h, w, 3].
+      maps: the generator's anomaly maps of them, float [b, h, w] in [0, 1].
+      detector: the module.
+      discriminator: the module that learnt with it.
+    """
+    images = images.astype(jnp.float32) / 255
+    reconstructed = detector.apply({"params": params["detector"]}, images, maps)
+    judge = partial(discriminator.apply, {"params": params["discriminator"]}, features=True)
+    return feature_distance(judge(images, maps)[1], judge(*reconstructed)[1])
+
+
+def divide(function: Callable, batch_size: int | None = None) -> Callable[..., Any]:
+    """Returns `function` of parameters and arrays [b, ...], divided over all local devices.
+
+    It takes and returns numpy arrays and fills up with copies of the last example: to `batch_size`,
+    so that it is compiled once for all batches up to it, or with None to a multiple of the devices.
     """
     mesh = Mesh(jax.local_devices(), ("batch",))
     replicated, divided = (
         NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("batch"))
     )
-    jitted = jax.jit(partial(predict_fn, generator=generator, top_fraction=top_fraction))
+    jitted = jax.jit(function)
 
-    def predict(params: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        count = len(images)
+    def call(params: Any, *arrays: np.ndarray) -> Any:
+        count = len(arrays[0])
         size = max(count, batch_size or 0)
         size += -size % mesh.size
-        filled = np.concatenate([images, np.repeat(images[-1:], size - count, axis=0)])
-        results = jitted(jax.device_put(params, replicated), jax.device_put(filled, divided))
-        return tuple(np.asarray(result)[:count] for result in results)
+        filled = [np.concatenate([x, np.repeat(x[-1:], size - count, axis=0)]) for x in arrays]
+        results = jitted(jax.device_put(params, replicated), *jax.device_put(filled, divided))
+        return jax.tree.map(lambda result: np.asarray(result)[:count], results)
 
-    return predict
+    return call
+
+
+def create_predict(
+    generator: nn.Module, *, top_fraction: float, batch_size: int | None = None
+) -> Callable[[Any, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Returns `predict_fn` as a function of parameters and images; see `divide`."""
+    return divide(partial(predict_fn, generator=generator, top_fraction=top_fraction), batch_size)
+
+
+def create_detect(
+    detector: nn.Module, discriminator: nn.Module, *, batch_size: int | None = None
+) -> Callable[[Any, np.ndarray, np.ndarray], np.ndarray]:
+    """Returns `detect_fn` as a function of parameters, images and maps; see `divide`."""
+    return divide(partial(detect_fn, detector=detector, discriminator=discriminator), batch_size)
 
 
 def thresholds_from_good(
@@ -100,6 +157,52 @@ def thresholds_from_good(
     return made
 
 
+def check_generator(record: Mapping[str, Any], params_sha256: str, folder: Path) -> None:
+    """Raises DetectorError unless the detector of `folder` was trained for these weights."""
+    trained_for = record["generator_sha256"]
+    if trained_for != params_sha256:
+        raise DetectorError(
+            f"{folder}: this detector was trained for generator weights {trained_for[:12]}, but "
+            f"the newest checkpoint beside it holds {params_sha256[:12]}: remove that folder and "
+            "train again, or set detector.enabled=False"
+        )
+
+
+class DetectorPredictor:
+    """A trained image-level detector on all local devices.
+
+    Attributes:
+      params: the averaged weights of the "detector", and those of its "discriminator".
+      config: the options it was trained with, as plain dicts.
+      record: what training recorded: seconds, parameters, FLOPs an image, thresholds.
+      params_sha256: of the detector's weights.
+    """
+
+    def __init__(
+        self, category_dir: str | Path, generator_sha256: str, *, batch_size: int | None = None
+    ):
+        """Loads the newest checkpoint of `W/<category>/detector`.
+
+        Raises FileNotFoundError if there is none, DetectorError if it was trained for a generator
+        whose weights have another hash than `generator_sha256`.
+        """
+        folder = Path(category_dir) / "detector"
+        state, self.config, self.record, self.step = checkpoint.restore_newest(
+            folder / "checkpoints"
+        )
+        check_generator(self.record, generator_sha256, folder)
+        self.params = {"detector": state["ema"], "discriminator": state["discriminator"]}
+        self.params_sha256 = checkpoint.params_sha256(self.params["detector"])
+        detector, discriminator = models.create_detector(
+            self.config["model"], self.config["detector"]
+        )
+        self._detect = create_detect(detector, discriminator, batch_size=batch_size)
+
+    def __call__(self, images: np.ndarray, maps: np.ndarray) -> np.ndarray:
+        """Returns the scores [b] of images, uint8 [b, h, w, 3], with the generator's maps."""
+        return self._detect(self.params, images, maps)
+
+
 class Predictor:
     """A trained generator on all local devices.
 
@@ -108,6 +211,7 @@ class Predictor:
       config: the options it was trained with, as plain dicts.
       record: what training recorded: seconds, parameters, FLOPs an image.
       image_size: height and width of the images that it takes.
+      detector: the image-level detector, `detector(images, maps) -> scores`; None if not asked for.
     """
 
     def __init__(
@@ -116,8 +220,11 @@ class Predictor:
         *,
         top_fraction: float | None = None,
         batch_size: int | None = None,
+        detector: bool = False,
     ):
         """Loads the newest checkpoint of `W/<category>`; FileNotFoundError if there is none.
+
+        With `detector` also that of the image-level detector (see `DetectorPredictor`).
 
         `top_fraction` (see `predict_fn`) stands in for the one of the checkpoint's options, whose
         image threshold is of no use then. `batch_size`: see `create_predict`.
@@ -136,6 +243,10 @@ class Predictor:
             top_fraction=trained_with if top_fraction is None else top_fraction,
             batch_size=batch_size,
         )
+        self.detector = None
+        if detector:
+            sha256 = checkpoint.params_sha256(self.params)
+            self.detector = DetectorPredictor(category_dir, sha256, batch_size=batch_size)
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns maps [b, h, w], scores [b] and reconstructions [b, h, w, 3] of uint8 images.

@@ -32,7 +32,7 @@ from anoseg_jax.train_state import Optimizers, TrainState
 # A resumed run may have other values of these and still be the same run.
 MAY_CHANGE = (
     "num_steps log_every checkpoint_every resume dataset data_dir tfds_dir categories "
-    "category_options evaluate compilation_cache"
+    "category_options evaluate detector compilation_cache"
 ).split()
 
 
@@ -129,6 +129,62 @@ def loss_fn(
     return (total, discriminator_total), terms
 
 
+def update_players(
+    state: TrainState,
+    players_loss: Callable[[Any, Any], tuple[tuple[Array, Array], dict[str, Array]]],
+    *,
+    optimizers: Optimizers,
+    ema_decay: float,
+    axis_name: str | None,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Updates both players from one forward pass.
+
+    Args:
+      state: without a device axis.
+      players_loss: of the parameters of the generator and of the discriminator, returns the loss of
+        each and metrics.
+      optimizers: one for each player.
+      ema_decay: of the averaged weights, from 0 (no memory) to 1.
+      axis_name: of the `jax.pmap` this runs in; None outside one.
+
+    Returns:
+      The next state, and the metrics with the gradient norms added.
+    """
+    # Each player takes the gradient of its own loss by its own parameters; XLA drops the other
+    # halves.
+    _, gradients_of, metrics = jax.vjp(
+        players_loss, state.generator, state.discriminator, has_aux=True
+    )
+    generator_gradients, _ = gradients_of((jnp.ones(()), jnp.zeros(())))
+    _, discriminator_gradients = gradients_of((jnp.zeros(()), jnp.ones(())))
+    if axis_name:
+        generator_gradients, discriminator_gradients, metrics = jax.lax.pmean(
+            (generator_gradients, discriminator_gradients, metrics), axis_name
+        )
+    metrics["gradient_norm_generator"] = optax.global_norm(generator_gradients)
+    metrics["gradient_norm_discriminator"] = optax.global_norm(discriminator_gradients)
+
+    generator_updates, generator_opt = optimizers.generator.update(
+        generator_gradients, state.generator_opt, state.generator
+    )
+    discriminator_updates, discriminator_opt = optimizers.discriminator.update(
+        discriminator_gradients, state.discriminator_opt, state.discriminator
+    )
+    generator_params = optax.apply_updates(state.generator, generator_updates)
+    # A shorter memory at first, or the average would still hold the initial weights.
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    return TrainState(
+        step=state.step + 1,
+        generator=generator_params,
+        discriminator=optax.apply_updates(state.discriminator, discriminator_updates),
+        generator_opt=generator_opt,
+        discriminator_opt=discriminator_opt,
+        ema=jax.tree.map(
+            lambda old, new: decay * old + (1 - decay) * new, state.ema, generator_params
+        ),
+    ), metrics
+
+
 def train_step(
     state: TrainState,
     images: Array,
@@ -161,7 +217,6 @@ def train_step(
     Returns:
       The next state, and the losses and gradient norms of this step (float32 scalars).
     """
-    mean = partial(jax.lax.pmean, axis_name=axis_name) if axis_name else lambda x: x
     first = jax.lax.axis_index(axis_name) * len(images) if axis_name else 0
     good, defective, masks = draw_examples(
         jax.random.fold_in(key, state.step),
@@ -171,9 +226,6 @@ def train_step(
         defect_fn=defect_fn,
         axis_name=axis_name,
     )
-
-    # One forward pass for both players: each takes the gradient of its own loss by its own
-    # parameters; XLA drops the other halves.
     players_loss = partial(
         loss_fn,
         good=good,
@@ -183,36 +235,9 @@ def train_step(
         discriminator=discriminator,
         loss=loss,
     )
-    _, gradients_of, metrics = jax.vjp(
-        players_loss, state.generator, state.discriminator, has_aux=True
+    return update_players(
+        state, players_loss, optimizers=optimizers, ema_decay=ema_decay, axis_name=axis_name
     )
-    generator_gradients, _ = gradients_of((jnp.ones(()), jnp.zeros(())))
-    _, discriminator_gradients = gradients_of((jnp.zeros(()), jnp.ones(())))
-    generator_gradients, discriminator_gradients, metrics = mean(
-        (generator_gradients, discriminator_gradients, metrics)
-    )
-    metrics["gradient_norm_generator"] = optax.global_norm(generator_gradients)
-    metrics["gradient_norm_discriminator"] = optax.global_norm(discriminator_gradients)
-
-    generator_updates, generator_opt = optimizers.generator.update(
-        generator_gradients, state.generator_opt, state.generator
-    )
-    discriminator_updates, discriminator_opt = optimizers.discriminator.update(
-        discriminator_gradients, state.discriminator_opt, state.discriminator
-    )
-    generator_params = optax.apply_updates(state.generator, generator_updates)
-    # A shorter memory at first, or the average would still hold the initial weights.
-    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-    return TrainState(
-        step=state.step + 1,
-        generator=generator_params,
-        discriminator=optax.apply_updates(state.discriminator, discriminator_updates),
-        generator_opt=generator_opt,
-        discriminator_opt=discriminator_opt,
-        ema=jax.tree.map(
-            lambda old, new: decay * old + (1 - decay) * new, state.ema, generator_params
-        ),
-    ), metrics
 
 
 def draw_panel(
@@ -300,27 +325,40 @@ def restore_or_create(
 
 
 class Parts(NamedTuple):
-    """What a config describes, as functions: see `draw_examples`, `train_step`, `create_state`."""
+    """What a config describes, as functions: see `draw_examples`, `train_step`, `create_state`.
+
+    `frozen` are arrays that the step takes after the others and that training leaves as they are;
+    `about` is what each checkpoint's record says beside what `run_steps` puts there.
+    """
 
     generator: nn.Module
     schedule: optax.Schedule
     draw_examples: Callable  # (key, images, first)
-    train_step: Callable  # (state, images, key)
+    train_step: Callable  # (state, images, key, *frozen)
     create_state: Callable  # ()
+    count_flops: Callable  # (), of one image
+    draw_key: Array
+    frozen: tuple = ()
+    about: Mapping[str, Any] = {}
 
 
-def create_parts(config: ConfigDict) -> Parts:
-    """Binds the options of a config to the functions that training is made of."""
-    generator, discriminator = models.create(config.model, config.loss)
+def create_optimizers(config: ConfigDict) -> tuple[optax.Schedule, Optimizers]:
+    """Returns the generator's learning rate by step, and the optimizers of both players."""
     schedule = train_state.learning_rate_schedule(
         config.learning_rate, config.num_steps, config.warmup_steps
     )
-    optimizers = train_state.create_optimizers(
+    return schedule, train_state.create_optimizers(
         schedule,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
         discriminator_scale=config.discriminator_scale,
     )
+
+
+def create_parts(config: ConfigDict) -> Parts:
+    """Binds the options of a config to the functions that training is made of."""
+    generator, discriminator = models.create(config.model, config.loss)
+    schedule, optimizers = create_optimizers(config)
     players = {
         "generator": generator,
         "discriminator": discriminator,
@@ -336,6 +374,7 @@ def create_parts(config: ConfigDict) -> Parts:
             options={kind: config.defects[kind] for kind in defects.DEFECTS},
         ),
     }
+    seed_key = jax.random.key(config.seed)
     return Parts(
         generator=generator,
         schedule=schedule,
@@ -344,76 +383,61 @@ def create_parts(config: ConfigDict) -> Parts:
             train_step, loss=config.loss, ema_decay=config.ema_decay, **players, **draw
         ),
         create_state=partial(
-            train_state.create_state,
-            jax.random.key(config.seed),
-            tuple(config.image_size),
-            **players,
+            train_state.create_state, seed_key, tuple(config.image_size), **players
         ),
+        count_flops=partial(models.flops_per_image, generator, tuple(config.image_size)),
+        draw_key=jax.random.fold_in(seed_key, 1),
     )
 
 
-def fit(
+def run_steps(
     config: ConfigDict,
+    parts: Parts,
     train_batches: Callable[[int], Iterator[np.ndarray]],
-    category_dir: str | Path,
+    folder: Path,
     *,
-    held_out: np.ndarray | None = None,
+    calibrate_fn: Callable[[TrainState], dict[str, Any]],
+    panel_fn: Callable[[TrainState, int, np.ndarray], dict[str, np.ndarray]] | None = None,
     writer: Any = None,
 ) -> TrainState:
-    """Trains until `config.num_steps`, from where the last run of the same folder stopped.
+    """Runs the steps of `parts` until `config.num_steps`, from where the last run stopped.
 
     Args:
-      config: the options of configs/default.py.
-      train_batches: given the number of steps done, returns the batches that follow: good images,
-        uint8 [config.batch_size, h, w, 3]. Must depend on that number alone.
-      category_dir: where checkpoints/, train_log.jsonl, config.json, parameters.txt are written.
-      held_out: good images that are not trained on, uint8 [n, h, w, 3]: the thresholds that each
-        checkpoint records are made from them.
-      writer: of clu.metric_writers, for TensorBoard; None writes none.
-
-    Raises:
-      TrainingError: a loss or a gradient is not finite (the last good checkpoint stays), the
-        options differ from those of the checkpoint, or the batches end early.
+      config: the options that the run is known by: a checkpoint of others is refused.
+      parts: what is trained.
+      train_batches: see `fit`.
+      folder: where checkpoints/, train_log.jsonl, config.json, parameters.txt are written.
+      calibrate_fn: returns the thresholds that a checkpoint of this state records.
+      panel_fn: given state, step and images, returns pictures for TensorBoard; None draws none.
+      writer: see `fit`.
     """
     devices = jax.local_device_count()
-    parts = create_parts(config)
     p_train_step = jax.pmap(
         parts.train_step,
         axis_name="batch",
-        in_axes=(None, 0, None),
+        in_axes=(None, 0, None, *(None for _ in parts.frozen)),
         out_axes=(None, 0),
         donate_argnums=0,
     )
-    # The program that evaluation runs later: compiled once for both.
-    predict_fn = predict.create_predict(
-        parts.generator,
-        top_fraction=config.evaluate.top_fraction,
-        batch_size=config.evaluate.batch_size,
-    )
-    draw = jax.jit(parts.draw_examples)
-    draw_key = jax.random.fold_in(jax.random.key(config.seed), 1)
-
-    category_dir = Path(category_dir)
-    with checkpoint.create_manager(category_dir / "checkpoints") as manager:
+    with checkpoint.create_manager(folder / "checkpoints") as manager:
         state, record = restore_or_create(manager, config, jax.jit(parts.create_state))
         start = int(state.step)
         if start >= config.num_steps:
             return state
         record["parameters"] = sum(x.size for x in jax.tree.leaves(state.generator))
-        record["flops_per_image"] = models.flops_per_image(
-            parts.generator, tuple(config.image_size)
-        )
+        record["flops_per_image"] = parts.count_flops()
+        record |= parts.about
         print(
-            f"generator: {record['parameters']:,} parameters, "
+            f"{type(parts.generator).__name__.lower()}: {record['parameters']:,} parameters, "
             f"{record['flops_per_image'] / 1e9:.2f} GFLOP an image; {devices} x "
             f"{jax.local_devices()[0].device_kind}"
             + (f"; resumed at step {start}" if start else "")
         )
         overview = parameter_overview.get_parameter_overview(state.generator)
-        (category_dir / "parameters.txt").write_text(overview + "\n")
-        (category_dir / "config.json").write_text(config.to_json(indent=2) + "\n")
-        state = train_state.place(state)
-        log_path = category_dir / "train_log.jsonl"
+        (folder / "parameters.txt").write_text(overview + "\n")
+        (folder / "config.json").write_text(config.to_json(indent=2) + "\n")
+        state, frozen = train_state.place(state), train_state.place(parts.frozen)
+        log_path = folder / "train_log.jsonl"
         train_log.keep_until(log_path, start)
         earlier_seconds, began = record["train_seconds"], time.monotonic()
         pending: list[dict[str, Array]] = []  # each step's metrics since the last line of the log
@@ -423,7 +447,7 @@ def fit(
         for step, images in zip(steps, train_batches(start), strict=False):
             batch = images.reshape(devices, -1, *images.shape[1:])  # [devices, b, h, w, 3]
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = p_train_step(state, batch, draw_key)
+                state, metrics = p_train_step(state, batch, parts.draw_key, *frozen)
             pending.append(metrics)
             bar.update()
             if timed_at is None:  # The first step compiles: its time is not a speed.
@@ -450,20 +474,66 @@ def fit(
                     writer.write_scalars(step, {k: v for k, v in line.items() if k != "step"})
             if save:
                 record["train_seconds"] = earlier_seconds + time.monotonic() - began
-                record["thresholds"] = calibrate(predict_fn, state.ema, held_out, config)
+                record["thresholds"] = calibrate_fn(state)
                 checkpoint.save(
                     manager, state, step, config=json.loads(config.to_json()), record=record
                 )
                 if writer is not None:
-                    panel_key = jax.random.fold_in(draw_key, step)
-                    examples = jax.device_get(draw(panel_key, images[:PANEL_ROWS], 0))
-                    seen = np.round(255 * examples[1]).astype(np.uint8)
-                    maps, _, reconstructions = predict_fn(state.ema, seen)
-                    rows = draw_panel(*examples, maps, reconstructions)
-                    writer.write_images(step, {"good|defective|mask|map|reconstruction": rows})
+                    if panel_fn is not None:
+                        writer.write_images(step, panel_fn(state, step, images[:PANEL_ROWS]))
                     writer.flush()
                 timed_at = time.monotonic()
         bar.close()
         if int(state.step) < config.num_steps:
             raise TrainingError(f"the training images ended at step {int(state.step)}")
     return state
+
+
+def fit(
+    config: ConfigDict,
+    train_batches: Callable[[int], Iterator[np.ndarray]],
+    category_dir: str | Path,
+    *,
+    held_out: np.ndarray | None = None,
+    writer: Any = None,
+) -> TrainState:
+    """Trains the generator until `config.num_steps`, from where the last run there stopped.
+
+    Args:
+      config: the options of configs/default.py.
+      train_batches: given the number of steps done, returns the batches that follow: good images,
+        uint8 [config.batch_size, h, w, 3]. Must depend on that number alone.
+      category_dir: where checkpoints/, train_log.jsonl, config.json, parameters.txt are written.
+      held_out: good images that are not trained on, uint8 [n, h, w, 3]: the thresholds that each
+        checkpoint records are made from them.
+      writer: of clu.metric_writers, for TensorBoard; None writes none.
+
+    Raises:
+      TrainingError: a loss or a gradient is not finite (the last good checkpoint stays), the
+        options differ from those of the checkpoint, or the batches end early.
+    """
+    parts = create_parts(config)
+    # The program that evaluation runs later: compiled once for both.
+    predict_fn = predict.create_predict(
+        parts.generator,
+        top_fraction=config.evaluate.top_fraction,
+        batch_size=config.evaluate.batch_size,
+    )
+    draw = jax.jit(parts.draw_examples)
+
+    def draw_panels(state: TrainState, step: int, images: np.ndarray) -> dict[str, np.ndarray]:
+        examples = jax.device_get(draw(jax.random.fold_in(parts.draw_key, step), images, 0))
+        seen = np.round(255 * examples[1]).astype(np.uint8)
+        maps, _, reconstructions = predict_fn(state.ema, seen)
+        rows = draw_panel(*examples, maps, reconstructions)
+        return {"good|defective|mask|map|reconstruction": rows}
+
+    return run_steps(
+        config,
+        parts,
+        train_batches,
+        Path(category_dir),
+        calibrate_fn=lambda state: calibrate(predict_fn, state.ema, held_out, config),
+        panel_fn=draw_panels,
+        writer=writer,
+    )

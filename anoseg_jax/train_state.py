@@ -75,12 +75,17 @@ def create_state(
     generator: nn.Module,
     discriminator: nn.Module,
     optimizers: Optimizers,
+    with_maps: bool = False,
 ) -> TrainState:
-    """Returns the state before the first step, drawn from `key`; jit-able."""
+    """Returns the state before the first step, drawn from `key`; jit-able.
+
+    `with_maps`: the generator takes images and maps, as the image-level detector does.
+    """
     generator_key, discriminator_key = jax.random.split(key)
-    images = jnp.zeros((1, *image_size, 3))
-    generator_params = generator.init(generator_key, images)["params"]
-    discriminator_params = discriminator.init(discriminator_key, images, images[..., 0])["params"]
+    images, maps = jnp.zeros((1, *image_size, 3)), jnp.zeros((1, *image_size))
+    inputs = (images, maps) if with_maps else (images,)
+    generator_params = generator.init(generator_key, *inputs)["params"]
+    discriminator_params = discriminator.init(discriminator_key, images, maps)["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         generator=generator_params,

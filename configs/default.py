@@ -74,6 +74,19 @@ def get_config() -> ConfigDict:
     config.loss.adversarial_weight = 0.01
     config.loss.reconstruction_weight = 1.0
 
+    # Image-level detector (detector.py): trained after the generator, on good images and its maps.
+    # Depth, coordinates, precision and discriminator are those of config.model.
+    config.detector = ConfigDict()
+    config.detector.enabled = False
+    config.detector.num_steps = 5_000
+    config.detector.learning_rate = 1e-3
+    # Channels at half the image's size, a multiple of 8, and of the bottleneck.
+    config.detector.width = 32
+    config.detector.latent = 32
+    # Weights of its losses; the adversarial loss is of the kind that loss.adversarial names.
+    config.detector.adversarial_weight = 0.01
+    config.detector.reconstruction_weight = 1.0
+
     # Synthetic defects (defects.py).
     config.defects = ConfigDict()
     # "default", "objects" or "textures"; "paper" for hard augmentation alone, "plain" for
@@ -151,6 +164,8 @@ def get_config() -> ConfigDict:
     config.evaluate.batch_size = 32
     # The image-level score is the mean of this fraction of the map's pixels, the highest ones.
     config.evaluate.top_fraction = 0.005
+    # The score that image metrics and verdicts are of: "map", or "detector" (detector.enabled).
+    config.evaluate.image_score = "map"
     # The pixel threshold is what this share of the held-out pixels reaches, the image threshold
     # what this share of the held-out images reaches.
     config.evaluate.pixel_false_positive_rate = 0.001

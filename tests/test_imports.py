@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each module may import those after it; the leaves import none of them.
 ORDER = (
     *("experiment", "report", "compare", "pictures", "evaluate"),
-    *("train", "options", "predict", "train_state", "train_log"),
+    *("detector", "train", "options", "predict", "train_state", "train_log"),
 )
 LEAVES = ("models", "augment", "defects", "losses", "metrics", "checkpoint", "input_pipeline")
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorboard"}
