@@ -17,7 +17,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
 
 def make_config(**changes):
     config = test_config.get_config("bolt")
-    config.num_steps, config.log_every = 2, 1
+    config.log_every = 1
     config.augment.flip_horizontal = True
     config.detector.enabled = True
     config.update_from_flattened_dict(changes)

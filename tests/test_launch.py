@@ -125,7 +125,8 @@ def test_report_and_comparison_are_made_from_the_files_alone(finished, tmp_path)
 
 def test_several_seeds_are_run_side_by_side_and_averaged(data_dir, tmp_path):
     more = ("--config.seeds=(1,2)", "--config.num_steps=2", "--config.evaluate.pictures=0")
-    done = launch(*arguments(data_dir, tmp_path, *more))
+    scores = ("--config.detector.enabled=True", "--config.evaluate.image_score=detector")
+    done = launch(*arguments(data_dir, tmp_path, *more, *scores))
     assert done.returncode == 0, done.stderr
     one, two, both = (
         json.loads((tmp_path / folder / "results.json").read_text())["categories"]["bolt"]
@@ -134,6 +135,12 @@ def test_several_seeds_are_run_side_by_side_and_averaged(data_dir, tmp_path):
     assert one["params_sha256"] != two["params_sha256"]
     assert both["pixel_auroc"] == pytest.approx((one["pixel_auroc"] + two["pixel_auroc"]) / 2)
     assert both["pixel_auroc_std"] >= 0
+    detectors = [found["image_scores"]["detector"] for found in (one, two)]
+    assert both["image_scores"]["detector"]["image_auroc"] == both["image_auroc"]
+    assert both["image_auroc"] == pytest.approx(np.mean([d["image_auroc"] for d in detectors]))
+    assert [d["image_auroc"] for d in detectors] == [one["image_auroc"], two["image_auroc"]]
+    assert "score of the detector" in (tmp_path / "seed_1" / "bolt" / "report.html").read_text()
+    assert "| image_auroc of | map | detector |" in (tmp_path / "results.md").read_text()
 
 
 def test_evaluate_works_from_checkpoints_alone(finished, data_dir, tmp_path):

@@ -48,6 +48,10 @@ def test_options_of_a_category_stand_in_for_those_of_the_run():
         ({"loss.segmentation": "dice"}, "loss.segmentation='dice'"),
         ({"loss.adversarial": "wgan"}, "loss.adversarial='wgan'"),
         ({"model.width": 20}, "model.width=20"),
+        ({"detector.width": 20}, "detector.width=20"),
+        ({"detector.num_steps": 0}, "detector.num_steps=0"),
+        ({"evaluate.image_score": "detector"}, "needs detector.enabled=True"),
+        ({"evaluate.image_score": "mean"}, "evaluate.image_score='mean' must be one of map"),
     ],
 )
 def test_what_cannot_work_is_refused_with_key_value_and_remedy(changes, message):
