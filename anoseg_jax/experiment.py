@@ -1,4 +1,4 @@
-"""An experiment: every category of a config trained, evaluated and written, over seeds if asked."""
+"""An experiment: every category of a config trained, evaluated, written; over seeds, variants."""
 
 import sys
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from anoseg_jax import (
+    ablation,
     compare,
     detector,
     evaluate,
@@ -89,16 +90,13 @@ def run_seed(
     return failures
 
 
-def run(
+def run_seeds(
     config: ConfigDict, workdir: Path, splits: Mapping[str, Splits], *, training: bool, command: str
 ) -> list[str]:
     """Runs `config.seed`, or each of `config.seeds` in `workdir`/seed_N and then their mean.
 
     Returns a line for each category that failed.
     """
-    for name in splits:
-        options.of_category(config, name)  # refuses what cannot work, before the first is trained
-    options.use_compilation_cache(config.compilation_cache)
     if not config.seeds:
         return run_seed(config, workdir, splits, training=training, command=command)
     failures, results = [], {}
@@ -114,4 +112,31 @@ def run(
     if results:
         evaluate.write_everything(workdir, compare.mean_over_seeds(results))
         print(f"mean and spread over {len(results)} seeds: {workdir}/results.md")
+    return failures
+
+
+def run(
+    config: ConfigDict, workdir: Path, splits: Mapping[str, Splits], *, training: bool, command: str
+) -> list[str]:
+    """Runs the config, or each of `config.variants` in a folder of its own and then their table.
+
+    The table is written after every variant: of those that this command is done with.
+    Returns a line for each category that failed.
+    """
+    for name in splits:
+        options.of_category(config, name)  # refuses what cannot work, before the first is trained
+    variants = options.of_variants(config, splits)
+    options.use_compilation_cache(config.compilation_cache)
+    if not variants:
+        return run_seeds(config, workdir, splits, training=training, command=command)
+    failures, done = [], []
+    for name, variant in variants.items():
+        print(f"====== {name}", flush=True)
+        failed = run_seeds(variant, workdir / name, splits, training=training, command=command)
+        failures += [f"{name}: {line}" for line in failed]
+        done.append(name)
+        table = ablation.tabulate(workdir, done, list(splits), config.seeds)
+        table |= {"image_size": list(config.image_size), "command": command, "failures": failures}
+        ablation.write(table, workdir)
+    print(f"{ablation.as_markdown(table)}\nthe table: {workdir}/ablation.md")
     return failures

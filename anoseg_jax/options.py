@@ -1,11 +1,19 @@
-"""Options of a run: those of one category, and whether they fit together."""
+"""Options of a run: those of a variant and of a category, and whether they fit together."""
 
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from anoseg_jax import UsageError, defects, losses, models
+
+# What all variants of a run share.
+OF_THE_COMMAND = (
+    "dataset data_dir tfds_dir categories category_options seed seeds variants compilation_cache"
+).split()
 
 
 class OptionError(UsageError):
@@ -53,23 +61,57 @@ def check(config: ConfigDict) -> None:
         raise OptionError(str(error)) from error
 
 
+def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """Returns a locked copy of the options with some changed; OptionError if there is no such."""
+    config = config.copy_and_resolve_references().lock()
+    try:
+        config.update(changes)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise OptionError(" ".join(str(error).split())) from error
+    return config
+
+
 def of_category(config: ConfigDict, category: str) -> ConfigDict:
     """Returns the options of one category: those of the run, with its `category_options` applied.
 
     Raises OptionError if `category_options` names an option that does not exist or cannot work.
     """
-    changes = config.category_options.get(category, {})
-    config = config.copy_and_resolve_references()
-    config.unlock()
-    config.category_options = ConfigDict()
-    config.categories = (category,)
-    config.lock()
     try:
-        config.update(changes)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise OptionError(f"category_options.{category}: {' '.join(str(error).split())}") from error
+        config = changed(config, config.category_options.get(category, {}))
+    except OptionError as error:
+        raise OptionError(f"category_options.{category}: {error}") from error
+    with config.unlocked():
+        config.category_options = ConfigDict()
+        config.categories = (category,)
     check(config)
     return config
+
+
+def of_variants(config: ConfigDict, categories: Iterable[str]) -> dict[str, ConfigDict]:
+    """Returns the options of each of `config.variants`, in their order.
+
+    They are those of the run with the variant's applied, also over the `category_options`: whatever
+    a category says, variants differ as written. Each is checked with each category: OptionError
+    names the variant.
+    """
+    found = {}
+    for name, changes in config.variants.items():
+        try:
+            if not re.fullmatch(r"\w+", name):
+                raise OptionError("the name, a folder's, must be of letters, digits and _")
+            of_all = sorted(set(OF_THE_COMMAND) & set(changes))
+            if of_all:
+                raise OptionError(f"{of_all[0]} is the whole command's, not a variant's")
+            found[name] = changed(config, changes)
+            with found[name].unlocked():
+                found[name].variants = ConfigDict()
+                for options in found[name].category_options.values():
+                    options.update(changes)
+            for category in categories:
+                of_category(found[name], category)
+        except OptionError as error:
+            raise OptionError(f"variants.{name}: {error}") from error
+    return found
 
 
 def use_compilation_cache(folder: str) -> None:

@@ -158,6 +158,10 @@ def get_config() -> ConfigDict:
     # By category: options of this file that differ there, for example
     # {"screw": {"augment": {"flip_horizontal": True}}}.
     config.category_options = ConfigDict()
+    # Runs that differ in some options of this file, for example {"no_coords": {"model": {"coords":
+    # False}}}: each in a folder of that name, then a table of what each adds to the one before
+    # (configs/ablation.py). In the order in which they are set.
+    config.variants = ConfigDict(sort_keys=False)
 
     # Evaluation.
     config.evaluate = ConfigDict()

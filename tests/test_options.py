@@ -5,17 +5,20 @@ import importlib
 import pytest
 
 from anoseg_jax import options
-from configs import folder, mvtec
+from configs import ablation, folder, mvtec
 from configs import test as test_config
 
 
-@pytest.mark.parametrize("name", ["default", "mvtec", "cpu", "folder", "synthetic", "test"])
+@pytest.mark.parametrize(
+    "name", ["default", "mvtec", "cpu", "folder", "synthetic", "test", "ablation"]
+)
 def test_every_config_can_be_run(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     config.batch_size = 16
     options.check(config)
     for category in config.categories:
         options.of_category(config, category)
+    options.of_variants(config, config.categories)
 
 
 def test_categories_are_picked_by_name():
@@ -24,6 +27,9 @@ def test_categories_are_picked_by_name():
     assert folder.get_config("bolt:cpu").image_size == (128, 128)
     with pytest.raises(ValueError, match="cpu"):
         folder.get_config("bolt:gpu")
+    with pytest.raises(ValueError, match="paper"):
+        ablation.get_config("bolt:cpu")
+    assert ablation.get_config("bolt:paper").image_size == (256, 256)
 
 
 def test_options_of_a_category_stand_in_for_those_of_the_run():
@@ -67,6 +73,48 @@ def test_an_unknown_option_of_a_category_is_refused():
     config.category_options.bolt = {"augmentation": {"flip_horizontal": True}}
     with pytest.raises(options.OptionError, match="category_options.bolt.*augmentation"):
         options.of_category(config, "bolt")
+
+
+def test_each_row_of_the_ablation_adds_one_part():
+    """Whatever a category says about that part; what else it says stays."""
+    config = ablation.get_config("screw,magnetic_tile")
+    config.batch_size = 16
+    config.category_options.screw.model = {"coords": True}
+    rows = options.of_variants(config, config.categories)
+    assert list(rows) == list(ablation.ROWS)
+    screws = [options.of_category(row, "screw") for row in rows.values()]
+    parts = [
+        (s.defects.preset, s.loss.adversarial_weight, s.loss.reconstruction_weight, s.model.coords)
+        for s in screws
+    ]
+    assert parts[:4] == [
+        ("plain", 0, 0, False),
+        ("paper", 0, 0, False),
+        ("paper", 0.01, 1, False),
+        ("paper", 0.01, 1, True),
+    ]
+    for screw in screws:
+        assert screw.augment.flip_vertical and not screw.variants and not screw.category_options
+        screw.update({"defects": {"preset": "plain"}, "model": {"coords": True}})
+        screw.loss = screws[0].loss
+    assert all(screw == screws[0] for screw in screws)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("thin", {"model": {"widht": 8}}, "variants.thin: .*widht"),
+        ("hard", {"defects": {"preset": "hard"}}, "variants.hard: defects.preset='hard' must be"),
+        ("later", {"seeds": (1, 2)}, "variants.later: seeds is the whole command's"),
+        ("a/b", {"num_steps": 3}, "variants.a/b: the name"),
+    ],
+)
+def test_a_variant_that_cannot_work_is_refused_by_name(name, changes, message):
+    config = test_config.get_config()
+    config.variants[name] = changes
+    with pytest.raises(options.OptionError, match=message) as caught:
+        options.of_variants(config, ["bolt"])
+    assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_key_and_a_wrong_type_fail_at_once():
