@@ -1,0 +1,145 @@
+"""Anomaly maps of other methods, from files: so that any method can be judged by the same rules.
+
+    <maps_dir>/<category>/<defect type>/<image stem>.npy | .tiff | .tif     one map a test image
+    <maps_dir>/<category>/scores.csv            may be missing; columns name,score as in images.csv
+
+A map is [h, w] of any size and numeric type (further axes of length 1 are dropped), of any finite
+range, higher = more anomalous; "good" is a defect type, too.
+"""
+
+import csv
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from anoseg_jax import UsageError
+
+SUFFIXES = (".npy", ".tiff", ".tif")
+_SHOWN = 3  # names in a message; of more there is the number
+
+
+class MapsError(UsageError):
+    """Maps or scores that cannot be used; the message is one line that names the first of them."""
+
+
+def find_maps(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Returns the file of each test image's map.
+
+    Args:
+      folder: `maps_dir`/<category>.
+      names: of the images, as in images.csv: "test/<defect type>/<file>".
+
+    Raises:
+      MapsError: there is no such folder; an image has no map, or more than one; two images would
+        have the same.
+    """
+    if not folder.is_dir():
+        raise MapsError(f"{folder}: there is no such folder; maps_dir has one a category")
+    there: dict[tuple[str, str], list[Path]] = {}
+    for path in sorted(folder.glob("*/*")):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            there.setdefault(_key(path), []).append(path)
+    wanted = [_key(Path(name)) for name in names]
+    counts = Counter(wanted)
+    shared = [name for name, key in zip(names, wanted, strict=True) if counts[key] > 1]
+    if shared:
+        raise MapsError(
+            f"{folder}: {_some(shared)} would have the same map: rename the images, the stems of a "
+            "defect type must differ"
+        )
+    missing = ["/".join(key) for key in wanted if key not in there]
+    if missing:
+        raise MapsError(
+            f"{folder}: no map (.npy, .tiff or .tif) for {len(missing)} of {len(names)} test "
+            f"images: {_some(missing)}"
+        )
+    several = [there[key] for key in wanted if len(there[key]) > 1]
+    if several:
+        pairs = [" and ".join(f"{p.parent.name}/{p.name}" for p in paths) for paths in several]
+        raise MapsError(f"{folder}: {len(several)} images have two maps: {_some(pairs)}: keep one")
+    return [there[key][0] for key in wanted]
+
+
+def read_map(path: Path) -> np.ndarray:
+    """Reads a map, float32 [h, w]; MapsError if it is none or has values that are not finite."""
+    try:
+        if path.suffix.lower() == ".npy":
+            values = np.load(path, allow_pickle=False)
+        else:
+            with Image.open(path) as image:
+                if getattr(image, "n_frames", 1) > 1:
+                    raise ValueError(f"it has {image.n_frames} pages")
+                values = np.asarray(image)
+    # A damaged file makes a decoder raise nearly anything: OSError, SyntaxError, struct.error, ...
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise MapsError(f"{path}: cannot be read ({why}): save it as .npy") from error
+    shape = values.shape
+    values = values.squeeze()
+    if values.ndim != 2 or values.dtype.kind not in "fiub":
+        raise MapsError(
+            f"{path}: has shape {list(shape)} and type {values.dtype}; a map is numbers [h, w]"
+        )
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(values, np.float32)
+    bad = values.size - int(np.count_nonzero(np.isfinite(values)))
+    if bad:
+        raise MapsError(f"{path}: {bad} of {values.size} values are not finite in float32")
+    return values
+
+
+def read_maps(folder: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """Reads the map of each test image, float32 [h, w] each; see `find_maps`, `read_map`."""
+    return [read_map(path) for path in find_maps(folder, names)]
+
+
+def read_scores(folder: Path, names: Sequence[str]) -> np.ndarray | None:
+    """Returns the score of each test image from scores.csv, float64 [n]; None without the file.
+
+    Raises:
+      MapsError: the file has other columns, lacks images, has one twice, or a score is no finite
+        number.
+    """
+    path = folder / "scores.csv"
+    if not path.exists():
+        return None
+    with path.open(newline="", encoding="utf-8-sig") as table:
+        reader = csv.DictReader(table)
+        if not {"name", "score"} <= set(reader.fieldnames or ()):
+            raise MapsError(f"{path}: needs the columns name,score; has {reader.fieldnames}")
+        rows = [(unicodedata.normalize("NFC", row["name"] or ""), row["score"]) for row in reader]
+    scores = {}
+    for name, text in rows:
+        try:
+            score = float(text)
+        except (TypeError, ValueError):
+            score = np.nan
+        if not np.isfinite(score):
+            raise MapsError(f"{path}: the score of {name} is {text!r}, which is no finite number")
+        if name in scores:
+            raise MapsError(f"{path}: has {name} twice")
+        scores[name] = score
+    wanted = [unicodedata.normalize("NFC", name) for name in names]
+    missing = [name for name in wanted if name not in scores]
+    if missing:
+        raise MapsError(
+            f"{path}: no score for {len(missing)} of {len(names)} test images: {_some(missing)}; "
+            "names are those of images.csv"
+        )
+    return np.array([scores[name] for name in wanted], np.float64)
+
+
+def _key(path: Path) -> tuple[str, str]:
+    """Returns defect type and stem of an image or a map."""
+    # macOS writes an umlaut as two code points, other systems as one.
+    normal = unicodedata.normalize
+    return normal("NFC", path.parent.name), normal("NFC", path.stem)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

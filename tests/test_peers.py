@@ -1,0 +1,96 @@
+"""Anomaly maps of other methods: which files are read, and what is refused in one line."""
+
+import unicodedata
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from anoseg_jax import peers
+
+NAMES = ["test/good/0.png", "test/hole/0.png", "test/hole/a.b.JPG"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A map for each of NAMES."""
+    for path in ("good/0.npy", "hole/0.tiff", "hole/a.b.tif"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        values = np.arange(12, dtype=np.float32).reshape(3, 4) - 5
+        if path.endswith("npy"):
+            np.save(tmp_path / path, values.astype(np.float64)[None, :, :, None])
+        else:
+            Image.fromarray(values).save(tmp_path / path)
+    return tmp_path
+
+
+def test_maps_are_read_from_all_formats(folder):
+    (folder / "hole" / "0.png").write_bytes(b"no map")
+    for values in peers.read_maps(folder, NAMES):
+        np.testing.assert_array_equal(values, np.arange(12.0).reshape(3, 4) - 5)
+        assert values.dtype == np.float32
+
+
+def test_names_are_equal_however_their_umlauts_are_written(tmp_path):
+    (tmp_path / "riß").mkdir()
+    np.save(tmp_path / "riß" / unicodedata.normalize("NFD", "ü.npy"), np.zeros((2, 2)))
+    assert len(peers.read_maps(tmp_path, ["test/riß/ü.png"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((3, 4, 5)), r"has shape \[3, 4, 5\] and type float64; a map is numbers \[h, w\]"),
+        (np.zeros(4), r"has shape \[4\]"),
+        (np.zeros((3, 4), complex), "type complex128"),
+        (np.array([[1, np.nan], [np.inf, 0]]), "2 of 4 values are not finite"),
+        (np.full((2, 2), 1e300), "4 of 4 values are not finite in float32"),
+        (np.array([[None]]), "cannot be read .*: save it as .npy"),
+    ],
+)
+def test_what_is_no_map_is_refused(folder, values, message):
+    np.save(folder / "good" / "0.npy", values)
+    with pytest.raises(peers.MapsError, match=f"0.npy: .*{message}") as error:
+        peers.read_maps(folder, NAMES)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_double_and_shared_maps_are_named(folder):
+    more = [f"test/hole/{index}.png" for index in range(1, 6)]
+    missing = "no map .* for 5 of 8 test images: hole/1, hole/2, hole/3 and 2 more"
+    with pytest.raises(peers.MapsError, match=missing):
+        peers.find_maps(folder, NAMES + more)
+    with pytest.raises(
+        peers.MapsError, match="test/hole/0.png, test/hole/0.bmp would have the sam"
+    ):
+        peers.find_maps(folder, [*NAMES, "test/hole/0.bmp"])
+    np.save(folder / "hole" / "0.npy", np.zeros((3, 4)))
+    double = "1 images have two maps: hole/0.npy and hole/0.tiff: keep one"
+    with pytest.raises(peers.MapsError, match=double):
+        peers.find_maps(folder, NAMES)
+    with pytest.raises(peers.MapsError, match="bolt: there is no such folder"):
+        peers.find_maps(folder / "bolt", NAMES)
+
+
+def test_scores_come_by_name(folder):
+    assert peers.read_scores(folder, NAMES) is None
+    lines = [f"{name},{index}.5" for index, name in enumerate(NAMES)]
+    (folder / "scores.csv").write_text("\n".join(["name,score", *reversed(lines)]))
+    np.testing.assert_array_equal(peers.read_scores(folder, NAMES), [0.5, 1.5, 2.5])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,score\n", "needs the columns name,score; has .'image', 'score'"),
+        ("name,score\ntest/good/0.png,1\n", "no score for 2 of 3 test images: test/hole/0.png"),
+        ("name,score\na,1\na,2\n", "has a twice"),
+        ("name,score\na,nan\n", "the score of a is 'nan'"),
+        ("name,score\na\n", "the score of a is None"),
+    ],
+)
+def test_scores_that_cannot_be_used_are_refused(folder, text, message):
+    (folder / "scores.csv").write_text(text)
+    with pytest.raises(peers.MapsError, match=f"scores.csv: {message}") as error:
+        peers.read_scores(folder, NAMES)
+    assert "\n" not in str(error.value)
