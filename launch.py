@@ -47,7 +47,7 @@ def run(mode, config, workdir, runs):
     from anoseg_jax import experiment, options
     from data import sources
 
-    options.check(config)
+    options.check(config, training=mode == "train")
     splits = sources.open_splits(
         config.dataset, config.categories, data_dir=config.data_dir, tfds_dir=config.tfds_dir
     )

@@ -1,4 +1,4 @@
-"""From a predictor and test images to results, and the result files."""
+"""From a predictor, or from maps, and test images to results, and the result files."""
 
 import csv
 import hashlib
@@ -6,22 +6,24 @@ import importlib.metadata
 import io
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from anoseg_jax import metrics
+from anoseg_jax import baselines, metrics, predict
 from anoseg_jax.checkpoint import params_sha256
 from anoseg_jax.predict import DetectorPredictor, Predictor
 
 # The columns of results.md and what their mean is taken of.
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "iou", "pixel_f1_max", "au_pro")
 IMAGE_COLUMNS = ("name", "defect_type", "label", "has_mask")
+IMAGE_SCORES = ("map", "detector")  # what `config.evaluate.image_score` may name
 CURVE_POINTS = 200
 # Distinct scores up to which the pixel metrics are exact: 512 maps of 256x256, 400 MB.
 MAX_SCORES = 2**25
@@ -38,7 +40,7 @@ class Evaluation:
       images: a dict an image: name, defect_type, label, has_mask, score (the one that is used),
         score_map, score_detector (None without one) and iou (of the 8-bit map at `iou_threshold`;
         None without a mask or a threshold).
-      maps: uint8 [n, h, w], the anomaly maps times 255: for pictures, not for metrics.
+      maps: uint8 [n, h, w], the maps (see `as_shown`), times 255: for pictures, not for metrics.
       curves: for plotting: "roc", "pr", "pro", "iou" of metrics.segmentation_metrics.
     """
 
@@ -78,33 +80,92 @@ def evaluate(
       image_score: the score that the image metrics, verdicts and thresholds of the results are of:
         "map" or "detector". `image_scores` has the image metrics of both.
     """
-    thresholds = chosen_thresholds(predictor.record, pixel_threshold, image_threshold)
+
+    def predicted() -> Iterable[tuple[dict, np.ndarray, dict[str, np.ndarray]]]:
+        for batch in batches:
+            maps, scores, _ = predictor(batch["image"])
+            found = {"map": scores}
+            if detector is not None:
+                found["detector"] = detector(batch["image"], maps)
+            yield batch, maps, found
+
+    about = {"params_sha256": params_sha256(predictor.params), "steps": predictor.step}
+    about |= predictor.record
     if image_score == "detector":
-        of_detector = chosen_thresholds(detector.record, pixel_threshold, image_threshold)
-        thresholds["image"] = of_detector["image"]
+        about["thresholds"] = predictor.record["thresholds"] | {
+            "image": detector.record["thresholds"]["image"]
+        }
+    evaluation = measure(
+        predicted(),
+        about=about,
+        image_size=predictor.image_size,
+        image_score=image_score,
+        native_masks=native_masks,
+        pixel_threshold=pixel_threshold,
+        image_threshold=image_threshold,
+    )
+    if detector is not None:
+        seconds = detector.record["train_seconds"]
+        evaluation.results["image_scores"]["detector"] |= {
+            "train_seconds": seconds,
+            "train_share": seconds / (seconds + predictor.record["train_seconds"]),
+            "flops_per_image": detector.record["flops_per_image"],
+            "parameters": detector.record["parameters"],
+            "params_sha256": detector.params_sha256,
+            "steps": detector.step,
+        }
+    return evaluation
+
+
+def measure(
+    predicted: Iterable[
+        tuple[dict[str, np.ndarray], Sequence[np.ndarray], Mapping[str, np.ndarray]]
+    ],
+    *,
+    about: Mapping[str, Any],
+    image_size: tuple[int, int],
+    image_score: str = "map",
+    native_masks: Sequence[np.ndarray] | None = None,
+    pixel_threshold: float | None = None,
+    image_threshold: float | None = None,
+) -> Evaluation:
+    """Measures anomaly maps, wherever they come from.
+
+    Args:
+      predicted: for each batch of test images the batch (see input_pipeline.test_batches), the
+        images' maps, float32 [h, w] each of any size, and their scores [b] by kind: "map" and,
+        where there is one, "detector".
+      about: what is known of the model, for the results: its `thresholds`
+        (predict.thresholds_from_good) and, where maps are not from 0 to 1, its `map_scale`.
+      image_size: height and width of the images.
+      image_score: see `evaluate`.
+      native_masks: see `evaluate`; maps are resized to them or else to the batch's masks.
+      pixel_threshold: see `evaluate`.
+      image_threshold: see `evaluate`.
+    """
+    thresholds = chosen_thresholds(about, pixel_threshold, image_threshold)
+    scale = about.get("map_scale")
     at = thresholds["pixel"]["threshold"]
     pixels = metrics.SegmentationAccumulator(
         thresholds=() if at is None else (at,), max_scores=MAX_SCORES
     )
-    maps, masks, images = [np.zeros((0, *predictor.image_size), np.uint8)], [], []
-    for batch in batches:
-        batch_maps, batch_scores, _ = predictor(batch["image"])
+    maps, masks, images = [np.zeros((0, *image_size), np.uint8)], [], []
+    for batch, batch_maps, batch_scores in predicted:
         known = batch["has_mask"]
-        if native_masks is None:
-            at_size, truth = list(batch_maps), list(batch["mask"])
-        else:
+        truth = batch["mask"]
+        if native_masks is not None:
             truth = native_masks[len(images) : len(images) + len(batch_maps)]
-            at_size = [resize_map(*pair) for pair in zip(batch_maps, truth, strict=True)]
+        at_size = [resize_map(*pair) for pair in zip(batch_maps, truth, strict=True)]
         truth = [mask if has_mask else None for mask, has_mask in zip(truth, known, strict=True)]
         pixels.add(at_size, truth, batch["defect_type"].tolist())
-        maps.append(np.round(255 * batch_maps).astype(np.uint8))
+        batch_maps = [resize_map(*pair) for pair in zip(batch_maps, batch["mask"], strict=True)]
+        maps.append(np.round(255 * as_shown(np.stack(batch_maps), scale)).astype(np.uint8))
         masks += list(batch["mask"])
         columns = {name: batch[name].tolist() for name in IMAGE_COLUMNS}
-        scores = {"map": batch_scores.tolist(), "detector": [None] * len(batch_scores)}
-        if detector is not None:
-            scores["detector"] = detector(batch["image"], batch_maps).tolist()
-        columns |= {"score": scores[image_score]}
-        columns |= {f"score_{kind}": values for kind, values in scores.items()}
+        columns["score"] = batch_scores[image_score].tolist()
+        for kind in IMAGE_SCORES:
+            there = kind in batch_scores
+            columns[f"score_{kind}"] = batch_scores[kind].tolist() if there else [None] * len(known)
         images += [
             dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
         ]
@@ -113,7 +174,9 @@ def evaluate(
     maps = np.concatenate(maps)
     for row, image_map, mask in zip(images, maps, masks, strict=True):
         best = pixel["iou_threshold"] if row["has_mask"] else None
-        row["iou"] = None if best is None else image_iou(image_map, mask, round(255 * best))
+        row["iou"] = (
+            None if best is None else image_iou(image_map, mask, round(255 * as_shown(best, scale)))
+        )
     scores, labels = (np.array([row[key] for row in images]) for key in ("score", "label"))
     types = [row["defect_type"] for row in images]
     image = metrics.image_metrics(scores, labels)
@@ -127,23 +190,11 @@ def evaluate(
         name: of_defect_type(name, types, scores, labels, pixel["defect_types"].get(name))
         for name in sorted(set(types) - {metrics.GOOD})
     }
-    results["image_scores"] = {"map": image_metrics_of("map", images)}
-    if detector is not None:
-        seconds = detector.record["train_seconds"]
-        results["image_scores"]["detector"] = image_metrics_of("detector", images) | {
-            "train_seconds": seconds,
-            "train_share": seconds / (seconds + predictor.record["train_seconds"]),
-            "flops_per_image": detector.record["flops_per_image"],
-            "parameters": detector.record["parameters"],
-            "params_sha256": detector.params_sha256,
-            "steps": detector.step,
-        }
-    results |= {
-        "params_sha256": params_sha256(predictor.params),
-        "steps": predictor.step,
-        "test_images": len(images),
-    }
-    results |= predictor.record
+    kinds = [
+        kind for kind in IMAGE_SCORES if any(row[f"score_{kind}"] is not None for row in images)
+    ]
+    results["image_scores"] = {kind: image_metrics_of(kind, images) for kind in kinds or ["map"]}
+    results |= {"test_images": len(images)} | about
     results["thresholds"] = thresholds
     return Evaluation(results, images, maps, curves)
 
@@ -152,6 +203,133 @@ def image_metrics_of(kind: str, images: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the image metrics (metrics.image_metrics) of the scores "map" or "detector"."""
     scores, labels = (np.array([row[key] for row in images]) for key in (f"score_{kind}", "label"))
     return metrics.image_metrics(scores, labels)
+
+
+def evaluate_maps(
+    maps: Sequence[np.ndarray],
+    batches: Sequence[dict[str, np.ndarray]],
+    *,
+    scores: np.ndarray | None = None,
+    maps_dir: str,
+    image_size: tuple[int, int],
+    top_fraction: float,
+    native_masks: Sequence[np.ndarray] | None = None,
+    pixel_threshold: float | None = None,
+    image_threshold: float | None = None,
+) -> Evaluation:
+    """Measures the maps of another method as `evaluate` does those of a model of ours.
+
+    Args:
+      maps: of the images of all batches, in order, float32 [h, w] each of any size and range.
+      batches: see `evaluate`.
+      scores: of the images, [n]; None takes those of `with_scores`.
+      maps_dir: where the maps are from, for the results.
+      image_size: height and width of the images in `batches`.
+      top_fraction: see `with_scores`.
+      native_masks: see `evaluate`.
+      pixel_threshold: see `evaluate`; on the scale of the maps.
+      image_threshold: see `evaluate`; on the scale of the scores.
+    """
+    how = "none: {} has no held-out images; set evaluate.{}_threshold to have one"
+    about = {
+        **dict.fromkeys(("params_sha256", "steps", "train_seconds", "parameters")),
+        "flops_per_image": None,
+        "maps_dir": maps_dir,
+        "map_scale": scale_of(maps),
+        "thresholds": {
+            kind: {"threshold": None, "how": how.format("maps_dir", kind)}
+            for kind in ("pixel", "image")
+        },
+    }
+    return measure(
+        with_scores(maps, batches, scores=scores, top_fraction=top_fraction),
+        about=about,
+        image_size=image_size,
+        native_masks=native_masks,
+        pixel_threshold=pixel_threshold,
+        image_threshold=image_threshold,
+    )
+
+
+def evaluate_baselines(
+    train: np.ndarray,
+    batches: Sequence[dict[str, np.ndarray]],
+    *,
+    top_fraction: float,
+    native_masks: Sequence[np.ndarray] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Returns METRICS of each of `baselines.BASELINES`, with the reasons of each None.
+
+    `train` are the good images that the model was trained on, uint8 [n, h, w, 3]; for the others
+    see `evaluate_maps`.
+    """
+    images = [batch["image"] for batch in batches]
+    found = {}
+    for name, baseline in baselines.BASELINES.items():
+        maps = baseline(train, np.concatenate(images)) if images else []
+        results = measure(
+            with_scores(maps, batches, top_fraction=top_fraction),
+            about={"map_scale": {"scores": [0.0], "levels": [0.0]}},  # no pictures are made of them
+            image_size=train.shape[1:3],
+            native_masks=native_masks,
+        ).results
+        reasons = results["not_available"]
+        found[name] = {metric: results[metric] for metric in METRICS} | {
+            "not_available": {metric: reasons[metric] for metric in METRICS if metric in reasons}
+        }
+    return found
+
+
+def with_scores(
+    maps: Sequence[np.ndarray],
+    batches: Sequence[dict[str, np.ndarray]],
+    *,
+    scores: np.ndarray | None = None,
+    top_fraction: float,
+) -> Iterable[tuple[dict[str, np.ndarray], Sequence[np.ndarray], dict[str, np.ndarray]]]:
+    """Yields what `measure` takes of maps that are there already.
+
+    Without `scores` an image's is the mean of the highest pixels of its map at the image's size, as
+    for a model of ours (predict.image_scores).
+    """
+    start = 0
+    for batch in batches:
+        part = slice(start, start + len(batch["label"]))
+        start = part.stop
+        if scores is None:
+            at_size = [resize_map(*pair) for pair in zip(maps[part], batch["mask"], strict=True)]
+            of_maps = predict.image_scores(jnp.asarray(np.stack(at_size)), top_fraction)
+        else:
+            of_maps = scores[part]
+        yield batch, maps[part], {"map": of_maps}
+
+
+def scale_of(maps: Sequence[np.ndarray]) -> dict[str, list[float]]:
+    """Returns `map_scale`: how maps of any range are shown from 0 to 1, see `as_shown`.
+
+    By how rare a score is: what the share s of all N pixels reaches is shown as log(s) / log(1/N).
+    So outliers leave the others their levels, and 8 bits tell apart what metrics depend on.
+    """
+    if not len(maps):
+        return {"scores": [0.0], "levels": [0.0]}
+    # A few million pixels tell; an odd step does not keep to one column.
+    step = sum(image_map.size for image_map in maps) // 2**22 | 1
+    ends = [[min(map(np.min, maps)), max(map(np.max, maps))]]
+    pixels = np.concatenate(ends + [np.ravel(image_map)[::step] for image_map in maps])
+    levels = np.linspace(0, 1, 65)
+    shares = float(len(pixels)) ** -levels
+    shares[-1] = 0  # the highest score of all
+    scores, first = np.unique(np.quantile(pixels, 1 - shares), return_index=True)
+    levels = levels[first] / max(levels[first][-1], levels[1])
+    return {"scores": scores.astype(float).tolist(), "levels": levels.tolist()}
+
+
+def as_shown(scores: Any, scale: Mapping[str, Sequence[float]] | None) -> Any:
+    """Returns what scores of pixels are in pictures, from 0 to 1; without a `scale` they are it.
+
+    `scale` has `scores`, rising, and the `levels` that these are shown at; between them straight.
+    """
+    return scores if scale is None else np.interp(scores, scale["scores"], scale["levels"])
 
 
 def chosen_thresholds(
@@ -188,7 +366,9 @@ def image_verdicts(scores: np.ndarray, labels: np.ndarray, threshold: float) -> 
 
 
 def resize_map(image_map: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Resizes a map, float32 [h, w], to the size of a mask, bilinear."""
+    """Resizes a map, float32 [h, w], to the size of a mask, bilinear and antialiased."""
+    if image_map.shape == mask.shape:
+        return image_map
     size = mask.shape[1], mask.shape[0]
     return np.asarray(Image.fromarray(image_map).resize(size, Image.Resampling.BILINEAR))
 
@@ -232,7 +412,8 @@ def as_markdown(results: dict[str, Any]) -> str:
     rows = [("category", *METRICS, "train seconds")]
     for name, category in results["categories"].items():
         values = [_with_spread(category, metric) for metric in METRICS]
-        rows.append((name, *values, f"{category['train_seconds']:.0f}"))
+        seconds = category.get("train_seconds")  # None where there is no model
+        rows.append((name, *values, "-" if seconds is None else f"{seconds:.0f}"))
     rows.append(("**mean**", *(_with_spread(results["mean"], metric) for metric in METRICS), ""))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---" * len(rows[0]) + "|")
@@ -243,7 +424,10 @@ def as_markdown(results: dict[str, Any]) -> str:
         if metric in METRICS
     ]
     note = ["", "Not available:", *reasons] if reasons else []
-    return "\n".join([*lines, *image_score_lines(results["categories"]), *note, ""])
+    categories = results["categories"]
+    return "\n".join(
+        [*lines, *image_score_lines(categories), *note, *_baselines_table(categories), ""]
+    )
 
 
 def image_score_lines(categories: dict[str, dict[str, Any]]) -> list[str]:
@@ -259,6 +443,28 @@ def image_score_lines(categories: dict[str, dict[str, Any]]) -> list[str]:
     header = ("image_auroc of", "map", "detector", "its train seconds", "of all training")
     lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
     return ["", lines[0], "|---" * len(header) + "|", *lines[1:]]
+
+
+def _baselines_table(categories: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns the lines of the table of baselines; none if no category has any.
+
+    In bold what is above the model's value.
+    """
+    rows = []
+    for name, category in categories.items():
+        for baseline, found in (category.get("baselines") or {}).items():
+            cells = []
+            for metric in METRICS:
+                cell, mine, its = _with_spread(found, metric), category.get(metric), found[metric]
+                cells.append(f"**{cell}**" if None not in (mine, its) and its > mine else cell)
+            rows.append(f"| {name} | {baseline} | " + " | ".join(cells) + " |")
+    if not rows:
+        return []
+    header = "| " + " | ".join(("category", "trivial baseline", *METRICS)) + " |"
+    note = (
+        "Trivial baselines through the same evaluator; in bold where one is above the table above:"
+    )
+    return ["", note, "", header, "|---" * (2 + len(METRICS)) + "|", *rows]
 
 
 def _with_spread(values: dict[str, Any], metric: str) -> str:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from anoseg_jax import (
@@ -15,6 +16,7 @@ from anoseg_jax import (
     evaluate,
     input_pipeline,
     options,
+    peers,
     pictures,
     predict,
     report,
@@ -25,8 +27,57 @@ from anoseg_jax import (
 Splits = tuple[Any, Any]  # (train, test): tf.data sets, see input_pipeline.load_arrays
 
 
+def trained_on(config: Mapping[str, Any], train_split: Any) -> np.ndarray:
+    """Returns the good images that a model with these options is trained on, uint8 [n, h, w, 3]."""
+    images = input_pipeline.load_arrays(train_split, config["image_size"])["image"]
+    kept, _ = input_pipeline.hold_out(images, fraction=config["held_out"], seed=config["seed"])
+    return kept
+
+
+def run_maps(config: ConfigDict, folder: Path, splits: Splits) -> dict:
+    """Evaluates the maps of another method (`config.maps_dir`) in `folder`; returns the results.
+
+    Raises peers.MapsError if maps are missing or cannot be used, or `folder` is a model's.
+    """
+    if (folder / "checkpoints").exists():
+        raise peers.MapsError(
+            f"{folder} is a model's: give the results of maps_dir a --workdir of their own"
+        )
+    arrays = input_pipeline.load_arrays(splits[1], config.image_size)
+    names = arrays["name"].tolist()
+    maps_dir = Path(config.maps_dir) / config.categories[0]
+    maps, scores = peers.read_maps(maps_dir, names), peers.read_scores(maps_dir, names)
+    batches = list(input_pipeline.test_batches(arrays, config.evaluate.batch_size))
+    masks = input_pipeline.load_masks(splits[1]) if config.evaluate.native_size else None
+    evaluation = evaluate.evaluate_maps(
+        maps,
+        batches,
+        scores=scores,
+        maps_dir=config.maps_dir,
+        image_size=tuple(config.image_size),
+        top_fraction=config.evaluate.top_fraction,
+        native_masks=masks,
+        pixel_threshold=config.evaluate.pixel_threshold,
+        image_threshold=config.evaluate.image_threshold,
+    )
+    if config.evaluate.baselines:
+        evaluation.results["baselines"] = evaluate.evaluate_baselines(
+            trained_on(config, splits[0]),
+            batches,
+            top_fraction=config.evaluate.top_fraction,
+            native_masks=masks,
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluate.write_text(folder / "config.json", config.to_json(indent=2) + "\n")
+    evaluate.write_evaluation(folder, evaluation, arrays)
+    pictures.write_pictures(folder / "pictures", evaluation, arrays, config.evaluate.pictures)
+    return evaluation.results
+
+
 def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: bool) -> dict:
     """Trains (if `training`) and evaluates one category in `folder`; returns its results."""
+    if config.maps_dir:
+        return run_maps(config, folder, splits)
     folder.mkdir(parents=True, exist_ok=True)
     if training:
         images = input_pipeline.load_arrays(splits[0], config.image_size)["image"]
@@ -49,16 +100,24 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
         detector=config.detector.enabled,
     )
     arrays = input_pipeline.load_arrays(splits[1], predictor.image_size)
-    batches = input_pipeline.test_batches(arrays, config.evaluate.batch_size)
+    batches = list(input_pipeline.test_batches(arrays, config.evaluate.batch_size))
+    masks = input_pipeline.load_masks(splits[1]) if config.evaluate.native_size else None
     evaluation = evaluate.evaluate(
         predictor,
         batches,
-        native_masks=input_pipeline.load_masks(splits[1]) if config.evaluate.native_size else None,
+        native_masks=masks,
         pixel_threshold=config.evaluate.pixel_threshold,
         image_threshold=config.evaluate.image_threshold,
         detector=predictor.detector,
         image_score=config.evaluate.image_score,
     )
+    if config.evaluate.baselines:
+        evaluation.results["baselines"] = evaluate.evaluate_baselines(
+            trained_on(predictor.config, splits[0]),
+            batches,
+            top_fraction=config.evaluate.top_fraction,
+            native_masks=masks,
+        )
     evaluate.write_evaluation(folder, evaluation, arrays)
     pictures.write_pictures(folder / "pictures", evaluation, arrays, config.evaluate.pictures)
     return evaluation.results
@@ -78,7 +137,12 @@ def run_seed(
             results = run_category(
                 options.of_category(config, name), workdir / name, of_category, training=training
             )
-        except (train.TrainingError, predict.DetectorError, FileNotFoundError) as error:
+        except (
+            train.TrainingError,
+            predict.DetectorError,
+            peers.MapsError,
+            FileNotFoundError,
+        ) as error:
             failures.append(f"{name}: {error}")
             print(f"error: {failures[-1]}", file=sys.stderr)
             continue

@@ -20,8 +20,16 @@ class OptionError(UsageError):
     """An option that cannot work; the message is one line that names it and says what would."""
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, *, training: bool = False) -> None:
     """Raises OptionError, naming the first option that cannot work, before anything is read."""
+    if config.maps_dir:
+        where = f"maps_dir={config.maps_dir!r}"
+        if training:
+            raise OptionError(f"{where} is for --mode=evaluate: there is nothing to train")
+        if config.seeds:
+            raise OptionError(f"{where} is of one run: seeds={config.seeds} must be empty")
+        if not Path(config.maps_dir).is_dir():
+            raise OptionError(f"{where} is no folder; it holds <category>/<defect type>/<stem>.npy")
     devices = jax.local_device_count()
     if config.batch_size < 1 or config.batch_size % devices:
         raise OptionError(

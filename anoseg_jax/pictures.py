@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from anoseg_jax.evaluate import Evaluation
+from anoseg_jax.evaluate import Evaluation, as_shown
 
 COLOURS = matplotlib.colormaps["inferno"]
 TRUTH, FOUND = (0, 200, 80), (255, 60, 60)  # outlines of the true and of the found defect
@@ -102,7 +102,8 @@ def write_pictures(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     threshold = evaluation.results["iou_threshold"]
-    threshold = 0.5 if threshold is None else threshold
+    scale = evaluation.results.get("map_scale")
+    threshold = 0.5 if threshold is None else float(as_shown(threshold, scale))
     for kind, indices in choose(evaluation, count).items():
         for rank, index in enumerate(indices):
             row = evaluation.images[index]

@@ -28,7 +28,7 @@ from PIL import Image
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from anoseg_jax import UsageError
-from anoseg_jax.evaluate import METRICS, image_iou
+from anoseg_jax.evaluate import METRICS, as_shown, image_iou
 from anoseg_jax.metrics import GOOD
 from anoseg_jax.pictures import COLOURS, FOUND, TRUTH, outline
 
@@ -252,11 +252,13 @@ def make_cards(
     masks: np.ndarray | None,
     thresholds: Mapping[str, Threshold],
     iou_threshold: float | None,
+    scale: Mapping[str, Any] | None = None,
 ) -> list[Card]:
     """Returns the cards of all rows, the worst first.
 
     `iou_threshold` is what the IoU in `rows` belongs to: at another threshold it is measured anew,
-    on the maps times 255 that pictures are made of (no IoU if these are None).
+    on the maps times 255 that pictures are made of (no IoU if these are None). `scale`: see
+    evaluate.as_shown.
     """
     pixel, image = thresholds["pixel"].value, thresholds["image"].value
     cards = []
@@ -264,7 +266,8 @@ def make_cards(
         iou = row["iou"]
         if pixel != iou_threshold:
             measurable = pixel is not None and maps is not None and row["has_mask"]
-            iou = image_iou(maps[index], masks[index], level_of(pixel)) if measurable else None
+            level = level_of(as_shown(pixel, scale)) if measurable else None
+            iou = image_iou(maps[index], masks[index], level) if measurable else None
         verdict = verdict_of(row["label"], row["score"], image)
         cards.append(Card(**{**row, "iou": iou, "index": index, "verdict": verdict}))
     return sorted(cards, key=lambda card: error_order(card, image))
@@ -604,6 +607,32 @@ def type_rows(results: Mapping[str, Any], cards: Sequence[Card], notes: Notes) -
     ]
 
 
+def baseline_rows(results: Mapping[str, Any]) -> list[dict]:
+    """Returns the table of the model and the trivial baselines, none if there are no baselines.
+
+    A cell of the model is `below` where the best baseline has a higher value.
+    """
+    baselines = results.get("baselines") or {}
+    rows = [{"name": "this model", "cells": [results.get(metric) for metric in METRICS]}]
+    rows += [
+        {"name": name.replace("_", " "), "cells": [found.get(metric) for metric in METRICS]}
+        for name, found in baselines.items()
+    ]
+    best = [
+        max(
+            (found[metric] for found in baselines.values() if found.get(metric) is not None),
+            default=0,
+        )
+        for metric in METRICS
+    ]
+    for row in rows:
+        row["cells"] = [
+            {"value": value, "below": row is rows[0] and value is not None and value < most}
+            for value, most in zip(row["cells"], best, strict=True)
+        ]
+    return rows if baselines else []
+
+
 def category_page(
     workdir: Path, results: Mapping[str, Any], category: str, command: str | None
 ) -> str:
@@ -624,10 +653,11 @@ def category_page(
 
     thresholds = choose_thresholds(mine)
     maps, masks = (None, None) if arrays is None else (arrays["map"], arrays["mask"])
-    cards = make_cards(rows or [], maps, masks, thresholds, mine.get("iou_threshold"))
+    scale = mine.get("map_scale")
+    cards = make_cards(rows or [], maps, masks, thresholds, mine.get("iou_threshold"), scale)
     shown = cards[:MAX_CARDS] if arrays is not None else []
     pixel_threshold = thresholds["pixel"].value
-    drawn_at = 0.5 if pixel_threshold is None else pixel_threshold
+    drawn_at = 0.5 if pixel_threshold is None else float(as_shown(pixel_threshold, scale))
     gallery = draw_gallery(shown, arrays, drawn_at) if shown else []
     notes = Notes()
     types = types_of(cards)
@@ -648,6 +678,7 @@ def category_page(
         headline=METRICS,
         others=[name for name in NAMES if name not in METRICS and name in mine],
         thresholds=thresholds,
+        baseline_rows=baseline_rows(mine),
         drawn_at=drawn_at,
         verdicts=verdicts,
         of_all={"missed": totals[1], "found": totals[1], "false_alarm": totals[0]}

@@ -179,8 +179,14 @@ def get_config() -> ConfigDict:
     config.evaluate.image_threshold = config_dict.placeholder(float)
     # Pixel metrics at the size of the mask files, maps enlarged to it, instead of image_size.
     config.evaluate.native_size = False
+    # Trivial baselines (baselines.py) beside the model, from the images it was trained on.
+    config.evaluate.baselines = True
     # Of each kind (best, worst, missed, false alarm); 0 writes none.
     config.evaluate.pictures = 8
+
+    # --mode=evaluate judges the anomaly maps of another method in this folder instead of a model's:
+    # <category>/<defect type>/<image stem>.npy, .tiff or .tif (benchmarks/peers.md).
+    config.maps_dir = ""
 
     # Compiled programs are kept here between runs; "" keeps none.
     config.compilation_cache = "~/.cache/anoseg_jax"

@@ -478,6 +478,20 @@ def test_mean_over_seeds_is_results_in_shape():
     json.dumps(found, allow_nan=False)
 
 
+def test_baselines_have_mean_and_spread_over_seeds():
+    by_seed = {}
+    for seed, iou in ((0, 0.2), (1, 0.4)):
+        by_seed[seed] = seed_results(0.3)
+        found = dict.fromkeys(evaluate.METRICS, 0.1) | {"iou": iou, "image_auroc": None}
+        found["not_available"] = {"image_auroc": "no good images"}
+        by_seed[seed]["categories"]["screw"]["baselines"] = {"z_score": found}
+    both = compare.mean_over_seeds(by_seed)
+    z_score = both["categories"]["screw"]["baselines"]["z_score"]
+    assert z_score["iou"] == pytest.approx(0.3) and z_score["image_auroc"] is None
+    assert z_score["not_available"]["image_auroc"] == "no good images"
+    assert "| z_score | - | 0.1000 ± 0.0000 |" in evaluate.as_markdown(both)
+
+
 def test_one_seed_has_no_spread():
     found = compare.mean_over_seeds({7: seed_results(0.2)})
     screw = found["categories"]["screw"]

@@ -214,3 +214,70 @@ def test_the_image_score_is_the_mean_of_the_highest_pixels():
     maps = jnp.arange(16.0).reshape(1, 4, 4)
     assert predict.image_scores(maps, 0.25)[0] == pytest.approx((12 + 13 + 14 + 15) / 4)
     assert predict.image_scores(maps, 1e-9)[0] == 15
+
+
+class TopPredictor(FixedPredictor):
+    """As FixedPredictor, with the scores that images get from maps."""
+
+    def __call__(self, images):
+        maps, _, reconstructions = super().__call__(images)
+        return maps, np.asarray(predict.image_scores(jnp.asarray(maps), 0.25)), reconstructions
+
+
+OF_MAPS = {"maps_dir": "M", "image_size": (4, 4), "top_fraction": 0.25}
+OF_A_MODEL = ("params_sha256", "steps", "train_seconds", "parameters", "flops_per_image")
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_maps_that_are_given_are_measured_as_those_of_a_predictor(found, native):
+    masks = [np.kron(mask, np.ones((3, 5), bool)) for mask in found["mask"]] if native else None
+    parts = [{key: values[i : i + 2] for key, values in found.items()} for i in (0, 2)]
+    expected = evaluate.evaluate(TopPredictor(), parts, native_masks=masks)
+    maps, scores, _ = TopPredictor()(found["image"])
+    given = evaluate.evaluate_maps(maps, parts, native_masks=masks, **OF_MAPS)
+    assert [row["score"] for row in given.images] == [row["score"] for row in expected.images]
+    assert given.curves == expected.curves
+    differ = {k for k, v in expected.results.items() if given.results[k] != v}
+    assert differ == {*OF_A_MODEL, "thresholds"}
+    assert all(given.results[key] is None for key in OF_A_MODEL)
+    # Scores of one's own, and maps of any range: metrics of ranks stay, pictures fit.
+    own = evaluate.evaluate_maps(
+        1e4 * maps - 77, parts, scores=np.array([3.0, 2, 1]), native_masks=masks, **OF_MAPS
+    )
+    for metric in ("pixel_auroc", "pixel_ap", "iou", "au_pro"):
+        assert own.results[metric] == pytest.approx(expected.results[metric], abs=1e-6)
+    assert own.results["image_auroc"] == 0.0
+    np.testing.assert_array_equal(own.maps, given.maps)
+    assert own.maps.min() == 0 and own.maps.max() == 255
+
+
+def test_maps_of_another_size_are_resized(found):
+    small = [image_map[::2, ::2] for image_map in TopPredictor()(found["image"])[0]]
+    given = evaluate.evaluate_maps(small, [found], **OF_MAPS)
+    assert given.maps.shape == (3, 4, 4) and given.results["normal_pixels"] == 44
+
+
+def test_rare_scores_are_shown_bright_and_order_is_kept():
+    maps = np.arange(10_000.0, dtype=np.float32).reshape(1, 100, 100) ** 2
+    scale = evaluate.scale_of(maps)
+    levels = evaluate.as_shown(np.sort(maps.ravel()), scale)
+    assert np.all(np.diff(levels) > 0) and (levels[0], levels[-1]) == (0, 1)
+    assert evaluate.as_shown(maps[0, 99, 0], scale) == pytest.approx(0.5, abs=0.01)  # 1 of 100
+    assert evaluate.as_shown(5.0, evaluate.scale_of(np.full((2, 3, 3), 5.0))) == 0
+    assert evaluate.as_shown(0.3, None) == 0.3 and len(evaluate.scale_of([])["scores"]) == 1
+
+
+def test_baselines_stand_beside_the_model(found, tmp_path):
+    train = np.zeros((2, 4, 4, 3), np.uint8)
+    baselines = evaluate.evaluate_baselines(train, [found], top_fraction=0.25)
+    # The red of the defect is the only difference to the mean: as good as the model.
+    assert baselines["distance_to_mean"]["iou"] == pytest.approx(4 / 5)
+    assert baselines["z_score"]["image_auroc"] == 1.0
+    nothing = evaluate.evaluate_baselines(train, [], top_fraction=0.25)["pca_patches"]
+    assert nothing["iou"] is None and nothing["not_available"]["iou"]
+    results = evaluate.evaluate(FixedPredictor(), [found]).results
+    results |= {"baselines": baselines, "iou": 0.1, "train_seconds": None}
+    evaluate.write_results(tmp_path, "bolt", results, config="{}", command="c")
+    table = (tmp_path / "results.md").read_text()
+    assert "| - |" in table.splitlines()[2] and "| bolt | pca_patches |" in table
+    assert "| **0.8000** |" in next(line for line in table.splitlines() if "z_score" in line)

@@ -11,7 +11,10 @@ ORDER = (
     *("experiment", "ablation", "report", "compare", "pictures", "evaluate"),
     *("detector", "train", "options", "predict", "train_state", "train_log"),
 )
-LEAVES = ("models", "augment", "defects", "losses", "metrics", "checkpoint", "input_pipeline")
+LEAVES = (
+    *("models", "augment", "defects", "losses", "metrics", "checkpoint", "input_pipeline"),
+    *("baselines", "peers"),
+)
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorboard"}
 CLU_WITH_TENSORFLOW = {"clu.metric_writers", "clu.periodic_actions"}
 

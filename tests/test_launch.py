@@ -123,6 +123,35 @@ def test_report_and_comparison_are_made_from_the_files_alone(finished, tmp_path)
     assert "bolt" in done.stdout and (tmp_path / "comparison.md").exists()
 
 
+def test_maps_from_files_are_judged_as_a_model_and_compared_with_one(finished, data_dir, tmp_path):
+    workdir, _ = finished
+    with np.load(workdir / "bolt" / "evaluation.npz") as arrays:
+        maps = arrays["map"]
+    rows = list(csv.DictReader(open(workdir / "bolt" / "images.csv")))
+    for row, image_map in zip(rows, maps, strict=True):
+        path = tmp_path / "maps" / "bolt" / Path(row["name"]).relative_to("test")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path.with_suffix(".npy"), image_map / 100)
+    more = ("--mode=evaluate", f"--config.maps_dir={tmp_path / 'maps'}")
+    done = launch(*arguments(data_dir, tmp_path / "peer", *more))
+    assert done.returncode == 0, done.stderr
+    model, peer = (
+        json.loads((folder / "results.json").read_text())["categories"]["bolt"]
+        for folder in (workdir, tmp_path / "peer")
+    )
+    assert peer["maps_dir"] == str(tmp_path / "maps") and peer["train_seconds"] is None
+    assert peer["pixel_auroc"] == pytest.approx(model["pixel_auroc"], abs=0.02)
+    assert peer["baselines"] == model["baselines"]
+    assert len(list((tmp_path / "peer" / "bolt" / "pictures").glob("*.png"))) >= 4
+    page = (tmp_path / "peer" / "bolt" / "report.html").read_text()
+    assert "Against trivial baselines" in page and "of another method" in page
+    done = launch("--mode=compare", f"--workdir={tmp_path}", workdir, tmp_path / "peer")
+    assert done.returncode == 0 and "peer" in done.stdout, done.stderr
+    refused = launch(*arguments(data_dir, workdir, *more))
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert "bolt is a model's: give the results of maps_dir a --workdir of their" in refused.stderr
+
+
 def test_several_seeds_are_run_side_by_side_and_averaged(data_dir, tmp_path):
     more = ("--config.seeds=(1,2)", "--config.num_steps=2", "--config.evaluate.pictures=0")
     scores = ("--config.detector.enabled=True", "--config.evaluate.image_score=detector")

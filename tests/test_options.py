@@ -58,6 +58,8 @@ def test_options_of_a_category_stand_in_for_those_of_the_run():
         ({"detector.num_steps": 0}, "detector.num_steps=0"),
         ({"evaluate.image_score": "detector"}, "needs detector.enabled=True"),
         ({"evaluate.image_score": "mean"}, "evaluate.image_score='mean' must be one of map"),
+        ({"maps_dir": "/none"}, "maps_dir='/none' is no folder; it holds <category>"),
+        ({"maps_dir": "/", "seeds": (1, 2)}, r"maps_dir='/' .*seeds=\(1, 2\) must be empty"),
     ],
 )
 def test_what_cannot_work_is_refused_with_key_value_and_remedy(changes, message):
@@ -66,6 +68,14 @@ def test_what_cannot_work_is_refused_with_key_value_and_remedy(changes, message)
     with pytest.raises(options.OptionError, match=message) as caught:
         options.check(config)
     assert "\n" not in str(caught.value)
+
+
+def test_maps_of_another_method_cannot_be_trained():
+    config = test_config.get_config()
+    config.maps_dir = "/"
+    options.check(config)
+    with pytest.raises(options.OptionError, match="maps_dir='/' is for --mode=evaluate"):
+        options.check(config, training=True)
 
 
 def test_an_unknown_option_of_a_category_is_refused():

@@ -320,6 +320,38 @@ def test_thresholds_made_without_the_test_set_decide_where_they_are_recorded(cop
 
 
 @pytest.mark.usefixtures("no_plots")
+def test_the_model_is_marked_where_a_baseline_is_better(copy):
+    better = metrics(0.8, {"au_pro": "no masks"}) | {"iou": 0.2}
+    change_results(copy, NUT, baselines={"z_score": better, "pca": metrics(0.7, {})})
+    report.write_category(copy, NUT)
+    page = Page(copy / NUT / "report.html")
+    assert "Against trivial baselines" in page.text and "z score" in page.text
+    # 0.75 is below 0.8, but not where the best baseline has 0.7.
+    assert page.text.count("▼ 0.7500") == len(evaluate.METRICS) - 2
+    without = metrics(0.5, dict.fromkeys(evaluate.METRICS, "no test images"))
+    assert not any(
+        cell["below"]
+        for row in report.baseline_rows(metrics(0.1, {}) | {"baselines": {"z_score": without}})
+        for cell in row["cells"]
+    )
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_maps_of_another_method_have_a_page_without_a_model(copy):
+    nothing = ("params_sha256", "steps", "train_seconds", "parameters", "flops_per_image")
+    scale = {"scores": [-3.0, 40.0], "levels": [0.0, 1.0]}
+    change_results(
+        copy, NUT, **dict.fromkeys(nothing), maps_dir="<maps>", map_scale=scale, iou_threshold=18.5
+    )
+    report.write_run(copy)
+    page = Page(copy / NUT / "report.html")
+    assert "of another method, from <maps>" in page.text
+    assert "Scores from -3 to 40 are shown from 0 to 1" in page.text
+    assert "map at or above 0.5" in page.text and "18.5" in page.text
+    assert not re.search(r"\b(None|nan|Undefined)\b", page.text)
+
+
+@pytest.mark.usefixtures("no_plots")
 def test_a_large_gallery_stays_small(copy, monkeypatch):
     rng = np.random.default_rng(0)
     count = 40
