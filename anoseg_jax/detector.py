@@ -16,9 +16,9 @@ from anoseg_jax import augment, checkpoint, losses, models, predict, train, trai
 from anoseg_jax.train_state import Optimizers, TrainState
 
 
-def without_defect(key: Array, image: Array) -> tuple[Array, Array]:
+def without_defect(key: Array, image: Array, other: Array) -> tuple[Array, Array]:
     """Stands in for a `defect_fn` (see train.draw_examples): the image as it is, an empty mask."""
-    del key
+    del key, other
     return image, jnp.zeros(image.shape[:2])
 
 
@@ -137,10 +137,9 @@ def create_parts(config: ConfigDict, generator_params: Any) -> train.Parts:
             loss=own.loss,
             ema_decay=config.ema_decay,
         ),
-        create_state=partial(
-            train_state.create_state,
+        create_state=lambda images: train_state.create_state(
             seed_key,
-            size,
+            jnp.zeros((1, *images.shape[1:])),
             generator=detector,
             discriminator=discriminator,
             optimizers=optimizers,

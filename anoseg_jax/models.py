@@ -5,6 +5,7 @@ tables are this project's own choice: the paper's are not known to it (docs/meth
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -96,7 +97,8 @@ class Reconstructor(nn.Module):
         x = nn.Conv(self.latent, (1, 1), dtype=self.dtype)(x)  # [b, h/2**depth, w/2**depth, latent]
         x = ConvBlock(widths[-1], dtype=self.dtype)(x)
         for features in widths[-2::-1]:
-            x = ConvBlock(features, dtype=self.dtype)(upsample(x))
+            x = upsample(nn.Conv(features, (1, 1), dtype=self.dtype)(x))
+            x = ConvBlock(features, dtype=self.dtype)(x)
         x = nn.Conv(4 * self.outputs, (3, 3), dtype=self.dtype)(x)
         return depth_to_space(x).astype(jnp.float32) + 0.5  # [b, h, w, outputs]
 
@@ -130,6 +132,141 @@ class MapHead(nn.Module):
         return jax.image.resize(x[..., 0].astype(jnp.float32), (b, 2 * h, 2 * w), "bilinear")
 
 
+def describe_patches(images: Array, *, patch: int, stride: int) -> tuple[Array, Array]:
+    """Cuts images at half their size into overlapping patches, without their mean and contrast.
+
+    Args:
+      images: float [b, h, w, c] in [0, 1].
+      patch: pixels a side.
+      stride: pixels from one patch to the next.
+
+    Returns:
+      Descriptors [b, h / (2 stride), w / (2 stride), patch * patch * c]: pixels minus their mean,
+      over their standard deviation plus 0.1, so that a plain patch is not all noise; and the
+      coordinates of the patches [rows, columns, 2], from -1 to 1. At the edges the image is
+      mirrored.
+    """
+    b, h, w, c = images.shape
+    h, w = h // 2, w // 2
+    x = images.reshape(b, h, 2, w, 2, c).mean(axis=(2, 4))
+    before, after = patch // 2 - 1, patch // 2
+    x = jnp.pad(x, ((0, 0), (before, after), (before, after), (0, 0)), mode="reflect")
+    x = jnp.stack(
+        [x[:, i : i + h : stride, j : j + w : stride] for i in range(patch) for j in range(patch)],
+        axis=3,
+    )
+    x = x.reshape(*x.shape[:3], -1)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    x = x / (jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True)) + 0.1)
+    rows, columns = (jnp.linspace(-1, 1, n) for n in x.shape[1:3])
+    return x, jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1)
+
+
+def remember_patches(
+    key: Array,
+    images: Array,
+    *,
+    size: int,
+    components: int,
+    coords: bool,
+    patch: int,
+    stride: int,
+) -> dict[str, Array]:
+    """Chooses random patches of good images, and what measures distances to them; jit-able.
+
+    Args:
+      key: a PRNG key.
+      images: good images, float [n, h, w, c] in [0, 1].
+      size: how many patches.
+      components: principal components that stand for a descriptor.
+      coords: where a patch lies counts as well.
+      patch: see `describe_patches`.
+      stride: likewise.
+
+    Returns:
+      `mean` [d] and `basis` [d, components] of the descriptors; `patches` [size, components + 2],
+      their principal components and their coordinates times `place`, the descriptors' standard
+      deviation (0 without `coords`); `centre` and `spread`, mean and standard deviation of the
+      distances of patches that are not among them.
+    """
+    others = 2048  # what distances are measured of
+    each = -(-(size + others) // len(images))
+    position_key, order_key = jax.random.split(key)
+
+    def some(args: tuple[Array, Array]) -> tuple[Array, Array]:
+        key, image = args
+        found, places = describe_patches(image[None], patch=patch, stride=stride)
+        chosen = jax.random.randint(key, (each,), 0, places[..., 0].size)
+        return found.reshape(-1, found.shape[-1])[chosen], places.reshape(-1, 2)[chosen]
+
+    # Image by image: the patches of all of them would take a lot of memory.
+    x, places = jax.lax.map(some, (jax.random.split(position_key, len(images)), images))
+    order = jax.random.permutation(order_key, len(images) * each)
+    x, places = (a.reshape(len(order), -1)[order] for a in (x, places))
+    mean = jnp.mean(x, axis=0)
+    variance, basis = jnp.linalg.eigh(jnp.cov(x, rowvar=False))  # from the smallest on
+    memory = {"mean": mean, "basis": basis[:, ::-1][:, :components]}
+    memory["place"] = coords * jnp.sqrt(jnp.sum(variance))
+    x = x - mean
+    with_place = jnp.concatenate([x @ memory["basis"], memory["place"] * places], axis=-1)
+    memory["patches"] = with_place[:size]
+    distances = nearest_distance(x[size:], places[size:], **memory)
+    return memory | {"centre": jnp.mean(distances), "spread": jnp.std(distances)}
+
+
+def nearest_distance(
+    x: Array, coords: Array, *, mean: Array, basis: Array, patches: Array, place: Array
+) -> Array:
+    """Returns the distance of descriptors [..., d] to the nearest of the remembered `patches`.
+
+    `x` are descriptors minus `mean`, `coords` [..., 2] where they lie; the others are those of
+    `remember_patches`. What the principal components leave over counts in full.
+    """
+    del mean
+    exact = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # differences of large numbers
+    code = exact(x, basis)
+    rest = jnp.sum(x**2, axis=-1) - jnp.sum(code**2, axis=-1)
+    coords = jnp.broadcast_to(place * coords, (*code.shape[:-1], 2))
+    code = jnp.concatenate([code, coords], axis=-1)
+    squared = jnp.min(jnp.sum(patches**2, axis=-1) - 2 * exact(code, patches.T), axis=-1)
+    return jnp.sqrt(jnp.maximum(squared + jnp.sum(code**2, axis=-1) + rest, 0.0))
+
+
+class PatchMemory(nn.Module):
+    """How far each patch of an image is from the nearest of the good patches that it remembers.
+
+    What has no counterpart among good parts stands out without having been seen as a synthetic
+    defect. The patches are parameters that are set when the module is initialised, from the images
+    it is initialised with, and that no gradient changes.
+    """
+
+    size: int
+    coords: bool = True
+    components: int = 32
+    patch: int = 8
+    stride: int = 2
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """Maps images [b, h, w, c] to distances [b, h/4, w/4] in float32.
+
+        In standard deviations above the mean of good patches, from -3 to 10.
+        """
+        cut = {"patch": self.patch, "stride": self.stride}
+        remember = partial(
+            remember_patches,
+            size=self.size,
+            components=min(self.components, self.patch**2 * images.shape[-1]),
+            coords=self.coords,
+            **cut,
+        )
+        memory = jax.lax.stop_gradient(self.param("memory", remember, images))
+        x, coords = describe_patches(images, **cut)
+        known = {name: memory[name] for name in ("mean", "basis", "patches", "place")}
+        distances = nearest_distance(x - memory["mean"], coords, **known)
+        return jnp.clip((distances - memory["centre"]) / (memory["spread"] + 1e-6), -3, 10)
+
+
 class Generator(nn.Module):
     """Puts out an anomaly map and a reconstruction of the image.
 
@@ -140,6 +277,8 @@ class Generator(nn.Module):
       coords: appends the coordinate channels to what the networks see.
       reconstruct: has a reconstruction; without one the map is drawn from the image alone and the
         image stands in for its reconstruction.
+      memory: patches of good images that are remembered (`PatchMemory`), of those that the module
+        is initialised with; 0 for none.
       dtype: of the computation; parameters and outputs are float32.
     """
 
@@ -148,24 +287,31 @@ class Generator(nn.Module):
     latent: int = 32
     coords: bool = True
     reconstruct: bool = True
+    memory: int = 0
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, images: Array) -> tuple[Array, Array]:
-        """Returns the map's logits [b, h, w] and the reconstruction [b, h, w, 3], both float32."""
+    def __call__(self, images: Array, *, recall: bool = True) -> tuple[Array, Array]:
+        """Returns the map's logits [b, h, w] and the reconstruction [b, h, w, 3], both float32.
+
+        With `recall` the logits are those of the map head plus what the memory says. Training does
+        without: the head learns to see by itself what the memory cannot tell.
+        """
         check_size(images.shape[1:3], self.depth)
         x = 2 * images - 1
         x = add_coords(x) if self.coords else x
-        if not self.reconstruct:
-            return MapHead(self.width, self.depth, self.dtype)(x), images
-        reconstruction = Reconstructor(self.width, self.depth, self.latent, self.dtype)(x)
-        # The map is taught to read the reconstruction's errors, the reconstruction is not taught to
-        # make errors that suit the map.
-        seen = jax.lax.stop_gradient(reconstruction)
-        difference = jnp.abs(images - seen)
-        x = jnp.concatenate([x, 2 * seen - 1, 4 * difference], axis=-1)
-        map_logits = MapHead(self.width, self.depth, self.dtype)(x)
-        return map_logits, reconstruction
+        reconstruction = images
+        if self.reconstruct:
+            reconstruction = Reconstructor(self.width, self.depth, self.latent, self.dtype)(x)
+            # The map is taught to read the reconstruction's errors, the reconstruction is not
+            # taught to make errors that suit the map.
+            seen = jax.lax.stop_gradient(reconstruction)
+            x = jnp.concatenate([x, 2 * seen - 1, 4 * jnp.abs(images - seen)], axis=-1)
+        logits = MapHead(self.width, self.depth, self.dtype)(x)
+        if self.memory and recall:
+            distances = PatchMemory(self.memory, coords=self.coords)(images)
+            logits += jax.image.resize(distances, logits.shape, "bilinear")
+        return logits, reconstruction
 
 
 class Discriminator(nn.Module):
@@ -255,6 +401,10 @@ def create(model: Mapping[str, Any], loss: Mapping[str, Any]) -> tuple[nn.Module
         )
     if model["dtype"] not in ("float32", "bfloat16"):
         raise ValueError(f'model.dtype={model["dtype"]!r} must be "float32" or "bfloat16"')
+    if model["memory"] < 0 or (model["memory"] and model["depth"] < 2):
+        raise ValueError(
+            f"model.memory={model['memory']} must not be negative, and needs model.depth=2 or more"
+        )
     if model["name"] not in GENERATORS:
         raise ValueError(f"model.name={model['name']!r} must be one of {sorted(GENERATORS)}")
     shared = {"coords": model["coords"], "dtype": jnp.dtype(model["dtype"])}
@@ -263,6 +413,7 @@ def create(model: Mapping[str, Any], loss: Mapping[str, Any]) -> tuple[nn.Module
         depth=model["depth"],
         latent=model["latent"],
         reconstruct=bool(loss["reconstruction_weight"] or loss["adversarial_weight"]),
+        memory=model["memory"],
         **shared,
     )
     discriminator = Discriminator(

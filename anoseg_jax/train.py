@@ -1,5 +1,6 @@
 """Training: one step of the three losses, and the loop around it."""
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +38,7 @@ MAY_CHANGE = (
 
 
 PANEL_ROWS = 8  # examples that are shown in TensorBoard
+FIRST_IMAGES = 256  # good images that the generator's memory is of, at most
 
 
 class TrainingError(RuntimeError):
@@ -104,7 +106,7 @@ def loss_fn(
 
     `loss` is `config.loss`. Terms whose weight is zero are not computed and have no name.
     """
-    logits, reconstructions = generator.apply({"params": generator_params}, defective)
+    logits, reconstructions = generator.apply({"params": generator_params}, defective, recall=False)
     terms = {
         "loss_segmentation": losses.SEGMENTATION[loss["segmentation"]](logits=logits, masks=masks)
     }
@@ -179,8 +181,9 @@ def update_players(
         discriminator=optax.apply_updates(state.discriminator, discriminator_updates),
         generator_opt=generator_opt,
         discriminator_opt=discriminator_opt,
+        # Written so that what does not change stays the same to the bit.
         ema=jax.tree.map(
-            lambda old, new: decay * old + (1 - decay) * new, state.ema, generator_params
+            lambda old, new: old + (1 - decay) * (new - old), state.ema, generator_params
         ),
     ), metrics
 
@@ -324,6 +327,14 @@ def restore_or_create(
     return state, record
 
 
+def first_images(train_batches: Callable[[int], Iterator[np.ndarray]], count: int) -> np.ndarray:
+    """Returns the images of the first batches: at least one batch, else `count` at most."""
+    batches = train_batches(0)
+    images = next(batches)
+    more = itertools.islice(batches, max(0, count // len(images) - 1))
+    return np.concatenate([images, *more])
+
+
 class Parts(NamedTuple):
     """What a config describes, as functions: see `draw_examples`, `train_step`, `create_state`.
 
@@ -335,7 +346,7 @@ class Parts(NamedTuple):
     schedule: optax.Schedule
     draw_examples: Callable  # (key, images, first)
     train_step: Callable  # (state, images, key, *frozen)
-    create_state: Callable  # ()
+    create_state: Callable  # (images), good ones, uint8 [n, h, w, 3]
     count_flops: Callable  # (), of one image
     draw_key: Array
     frozen: tuple = ()
@@ -375,6 +386,11 @@ def create_parts(config: ConfigDict) -> Parts:
         ),
     }
     seed_key = jax.random.key(config.seed)
+
+    def create_state(images: Array) -> TrainState:
+        good, _, _ = draw_examples(jax.random.fold_in(seed_key, 3), images, 0, **draw)
+        return train_state.create_state(seed_key, good, **players)
+
     return Parts(
         generator=generator,
         schedule=schedule,
@@ -382,9 +398,7 @@ def create_parts(config: ConfigDict) -> Parts:
         train_step=partial(
             train_step, loss=config.loss, ema_decay=config.ema_decay, **players, **draw
         ),
-        create_state=partial(
-            train_state.create_state, seed_key, tuple(config.image_size), **players
-        ),
+        create_state=create_state,
         count_flops=partial(models.flops_per_image, generator, tuple(config.image_size)),
         draw_key=jax.random.fold_in(seed_key, 1),
     )
@@ -420,7 +434,11 @@ def run_steps(
         donate_argnums=0,
     )
     with checkpoint.create_manager(folder / "checkpoints") as manager:
-        state, record = restore_or_create(manager, config, jax.jit(parts.create_state))
+        state, record = restore_or_create(
+            manager,
+            config,
+            partial(jax.jit(parts.create_state), first_images(train_batches, FIRST_IMAGES)),
+        )
         start = int(state.step)
         if start >= config.num_steps:
             return state

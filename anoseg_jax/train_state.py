@@ -44,6 +44,13 @@ def learning_rate_schedule(learning_rate: float, num_steps: int, warmup: int) ->
     )
 
 
+def is_learned(params: Any) -> Any:
+    """Returns, for each parameter, whether training changes it: the patch memory stays as it is."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not any("PatchMemory" in str(part) for part in path), params
+    )
+
+
 def create_optimizers(
     schedule: optax.Schedule, *, weight_decay: float, clip_norm: float, discriminator_scale: float
 ) -> Optimizers:
@@ -59,7 +66,7 @@ def create_optimizers(
     return Optimizers(
         generator=optax.chain(
             optax.clip_by_global_norm(clip_norm),
-            optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=weight_decay),
+            optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=weight_decay, mask=is_learned),
         ),
         discriminator=optax.chain(
             optax.clip_by_global_norm(clip_norm),
@@ -70,7 +77,7 @@ def create_optimizers(
 
 def create_state(
     key: Array,
-    image_size: tuple[int, int],
+    images: Array,
     *,
     generator: nn.Module,
     discriminator: nn.Module,
@@ -79,10 +86,16 @@ def create_state(
 ) -> TrainState:
     """Returns the state before the first step, drawn from `key`; jit-able.
 
-    `with_maps`: the generator takes images and maps, as the image-level detector does.
+    Args:
+      key: a PRNG key.
+      images: good images [n, h, w, 3] in [0, 1]: the generator's memory is of them.
+      generator: the generator's module.
+      discriminator: the discriminator's module.
+      optimizers: one for each player.
+      with_maps: the generator takes images and maps, as the image-level detector does.
     """
     generator_key, discriminator_key = jax.random.split(key)
-    images, maps = jnp.zeros((1, *image_size, 3)), jnp.zeros((1, *image_size))
+    maps = jnp.zeros(images.shape[:3])
     inputs = (images, maps) if with_maps else (images,)
     generator_params = generator.init(generator_key, *inputs)["params"]
     discriminator_params = discriminator.init(discriminator_key, images, maps)["params"]

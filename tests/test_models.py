@@ -82,7 +82,8 @@ def test_the_map_is_drawn_without_coordinates_and_reconstruction_when_they_are_o
     generator, _ = models.create(other.model, other.loss)
     images = jax.random.uniform(jax.random.key(1), (1, 16, 16, 3))
     variables = jax.jit(generator.init)(jax.random.key(0), images)
-    assert set(variables["params"]) == {"MapHead_0"}
+    assert set(variables["params"]) == {"MapHead_0", "PatchMemory_0"}
+    assert variables["params"]["PatchMemory_0"]["memory"]["place"] == 0
     assert variables["params"]["MapHead_0"]["ConvBlock_0"]["Conv_0"]["kernel"].shape[2] == 4 * 3
     np.testing.assert_array_equal(generator.apply(variables, images)[1], images)
 
@@ -125,3 +126,42 @@ def test_flops_are_those_of_the_convolutions(config):
     assert 3.5 < large / small < 4.5  # proportional to the pixels, but for the edges
     # The first convolution of the map head alone: 3x3, 4 x 11 channels in, 8 out, at half size.
     assert small > 2 * 9 * 44 * 8 * 8 * 8
+
+
+def test_patches_are_the_images_own_without_mean_and_contrast():
+    image = jax.random.uniform(jax.random.key(0), (1, 32, 48, 3))
+    found, coords = models.describe_patches(image, patch=4, stride=2)
+    assert found.shape == (1, 8, 12, 4 * 4 * 3) and coords.shape == (8, 12, 2)
+    np.testing.assert_array_equal(coords[[0, -1], [0, -1]], [[-1, -1], [1, 1]])
+    half = np.asarray(image).reshape(16, 2, 24, 2, 3).mean((1, 3))
+    # The patch of row 2, column 3 starts at half a patch, less one, before pixel (4, 6).
+    patch = half[4 - 1 : 4 + 3, 6 - 1 : 6 + 3].ravel()
+    expected = (patch - patch.mean()) / (patch.std() + 0.1)
+    np.testing.assert_allclose(found[0, 2, 3], expected, atol=1e-5)
+
+
+def test_distances_are_to_the_nearest_remembered_patch():
+    images = jax.random.uniform(jax.random.key(0), (6, 32, 32, 3))
+    options = {"components": 5, "patch": 4, "stride": 2}
+    memory = models.remember_patches(jax.random.key(1), images, size=40, coords=True, **options)
+    centre, spread = memory.pop("centre"), memory.pop("spread")
+    assert memory["patches"].shape == (40, 7) and centre > 0 and spread > 0
+    x, coords = models.describe_patches(images[:1], patch=4, stride=2)
+    x = np.asarray(x - memory["mean"])
+    code = x @ memory["basis"]
+    rest = (x**2).sum(-1) - (code**2).sum(-1)
+    place = np.broadcast_to(memory["place"] * coords, (*x.shape[:3], 2))
+    code = np.concatenate([code, place], -1)
+    every = ((code[..., None, :] - memory["patches"]) ** 2).sum(-1)
+    expected = np.sqrt(every.min(-1) + rest)
+    np.testing.assert_allclose(models.nearest_distance(x, coords, **memory), expected, rtol=1e-3)
+
+
+def test_the_memory_knows_what_it_was_initialised_with_and_training_does_without(config):
+    generator, _ = models.create(config.model, config.loss)
+    stripes = jnp.tile(jnp.sin(jnp.arange(32) / 2)[None, :, None, None] / 4 + 0.5, (4, 1, 32, 3))
+    params = jax.jit(generator.init)(jax.random.key(0), stripes)["params"]
+    marred = stripes.at[:, 12:20, 12:20].set(jax.random.uniform(jax.random.key(1), (4, 8, 8, 3)))
+    apply = lambda images, **how: generator.apply({"params": params}, images, **how)[0]  # noqa: E731
+    memory = apply(marred) - apply(marred, recall=False)  # what it adds
+    assert np.asarray(memory)[:, 14:18, 14:18].min() > np.asarray(memory)[:, :4].max() + 1

@@ -41,7 +41,7 @@ def parts():
 
 @pytest.fixture(scope="module")
 def initial(parts):
-    return jax.device_get(jax.jit(parts.create_state)())
+    return jax.device_get(jax.jit(parts.create_state)(IMAGES[:8]))
 
 
 def run_steps(parts, initial, devices, steps):
@@ -121,9 +121,13 @@ def test_each_player_follows_its_own_loss_alone(parts, initial):
         return (gradients_of((one, zero))[0], gradients_of((zero, one))[1]), separate
 
     shared, separate = both(initial.generator, initial.discriminator)
-    for a, b in zip(jax.tree.leaves(shared), jax.tree.leaves(separate), strict=True):
+    players = (initial.generator, initial.discriminator)
+    learned = jax.tree.leaves([train_state.is_learned(params) for params in players])
+    assert not all(learned)  # the patch memory
+    leaves = (jax.tree.leaves(side) for side in (shared, separate))
+    for a, b, changes in zip(*leaves, learned, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-        assert np.any(b) or b.size < 64
+        assert np.any(b) == changes or b.size < 64
 
 
 @pytest.mark.parametrize(
@@ -138,9 +142,16 @@ def test_a_loss_without_weight_is_not_computed(weights, names):
     config = make_config(**{f"loss.{name}": value for name, value in weights.items()})
     parts = train.create_parts(config)
     step = partial(parts.train_step, axis_name=None)
-    state = jax.eval_shape(parts.create_state)
+    state = jax.eval_shape(parts.create_state, IMAGES[:4])
     _, metrics = jax.eval_shape(step, state, IMAGES[:4], jax.random.key(0))
     assert {k.removeprefix("loss_") for k in metrics if k.startswith("loss_")} == names
+
+
+def test_training_leaves_the_patch_memory_as_it_was_to_the_bit(parts, initial):
+    state, _ = run_steps(parts, initial, devices=2, steps=3)
+    before = initial.generator["PatchMemory_0"]
+    for after in (state.generator["PatchMemory_0"], state.ema["PatchMemory_0"]):
+        jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after))
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
