@@ -215,5 +215,6 @@ def fit(
         train_batches,
         folder,
         calibrate_fn=thresholds,
+        first_fn=lambda: np.zeros((1, *config.image_size, 3), np.uint8),  # it has no memory
         writer=writer,
     )

@@ -88,7 +88,12 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
             input_pipeline.train_batches, images, batch_size=config.batch_size, seed=config.seed
         )
         train.fit(
-            config, batches, folder, held_out=held_out, writer=train_log.create_writer(folder)
+            config,
+            batches,
+            folder,
+            held_out=held_out,
+            remembered=images,
+            writer=train_log.create_writer(folder),
         )
         if config.detector.enabled:
             writer = train_log.create_writer(folder / "detector")

@@ -111,9 +111,14 @@ class MapHead(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps [b, h, w, c] to logits of the anomaly map [b, h, w], float32."""
+    def __call__(self, x: Array, beside: Array | None = None) -> Array:
+        """Maps [b, h, w, c] to logits of the anomaly map [b, h, w], float32.
+
+        `beside` [b, h/2, w/2, k] is seen beside it, at half its size.
+        """
         x = space_to_depth(x.astype(self.dtype))  # [b, h/2, w/2, 4c]
+        if beside is not None:
+            x = jnp.concatenate([x, beside.astype(self.dtype)], axis=-1)
         widths = [self.width * min(2**level, 8) for level in range(self.depth)]
         x = ConvBlock(widths[0], dtype=self.dtype)(x)
         skips = []
@@ -232,6 +237,9 @@ def nearest_distance(
     return jnp.sqrt(jnp.maximum(squared + jnp.sum(code**2, axis=-1) + rest, 0.0))
 
 
+RECALL = 0.5  # weight of the memory's distances in the map's logits
+
+
 class PatchMemory(nn.Module):
     """How far each patch of an image is from the nearest of the good patches that it remembers.
 
@@ -294,8 +302,9 @@ class Generator(nn.Module):
     def __call__(self, images: Array, *, recall: bool = True) -> tuple[Array, Array]:
         """Returns the map's logits [b, h, w] and the reconstruction [b, h, w, 3], both float32.
 
-        With `recall` the logits are those of the map head plus what the memory says. Training does
-        without: the head learns to see by itself what the memory cannot tell.
+        The map head sees the distances of the memory; with `recall` they are also added to what it
+        says. Training does without: the head learns to see for itself, and what it has learned from
+        synthetic defects alone cannot talk it out of what the memory says.
         """
         check_size(images.shape[1:3], self.depth)
         x = 2 * images - 1
@@ -307,10 +316,14 @@ class Generator(nn.Module):
             # taught to make errors that suit the map.
             seen = jax.lax.stop_gradient(reconstruction)
             x = jnp.concatenate([x, 2 * seen - 1, 4 * jnp.abs(images - seen)], axis=-1)
-        logits = MapHead(self.width, self.depth, self.dtype)(x)
-        if self.memory and recall:
-            distances = PatchMemory(self.memory, coords=self.coords)(images)
-            logits += jax.image.resize(distances, logits.shape, "bilinear")
+        head = MapHead(self.width, self.depth, self.dtype)
+        if not self.memory:
+            return head(x), reconstruction
+        distances = PatchMemory(self.memory, coords=self.coords)(images)
+        b, h, w = images.shape[:3]
+        logits = head(x, jax.image.resize(distances, (b, h // 2, w // 2), "bilinear")[..., None])
+        if recall:
+            logits += RECALL * jax.image.resize(distances, (b, h, w), "bilinear")
         return logits, reconstruction
 
 

@@ -1,6 +1,5 @@
 """Training: one step of the three losses, and the loop around it."""
 
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +37,7 @@ MAY_CHANGE = (
 
 
 PANEL_ROWS = 8  # examples that are shown in TensorBoard
-FIRST_IMAGES = 256  # good images that the generator's memory is of, at most
+REMEMBERED = 256  # good images that the generator's memory is of
 
 
 class TrainingError(RuntimeError):
@@ -305,14 +304,18 @@ def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
 
 
 def restore_or_create(
-    manager: checkpoint.Manager, config: ConfigDict, create: Callable[[], TrainState]
+    manager: checkpoint.Manager,
+    config: ConfigDict,
+    create: Callable[[Array], TrainState],
+    first_fn: Callable[[], np.ndarray],
 ) -> tuple[TrainState, dict]:
     """Returns the state to start from and what was recorded up to there.
 
-    1. The newest checkpoint of this workdir; 2. that of `config.resume`; 3. a fresh state.
+    1. The newest checkpoint of this workdir; 2. that of `config.resume`; 3. a fresh state, which
+    `create` makes of the good images that `first_fn` returns.
     """
     options = json.loads(config.to_json())
-    template = jax.eval_shape(create)
+    template = jax.eval_shape(create, jax.ShapeDtypeStruct((1, *config.image_size, 3), np.uint8))
     if manager.latest_step() is not None:
         state, saved, record = checkpoint.restore(manager, manager.latest_step(), template)
         check_same_run(saved, options)
@@ -323,16 +326,8 @@ def restore_or_create(
             state, saved, record = checkpoint.restore(other, other.latest_step(), template)
             check_same_run(saved, options)
     else:
-        state, record = create(), {"train_seconds": 0.0}
+        state, record = create(first_fn()), {"train_seconds": 0.0}
     return state, record
-
-
-def first_images(train_batches: Callable[[int], Iterator[np.ndarray]], count: int) -> np.ndarray:
-    """Returns the images of the first batches: at least one batch, else `count` at most."""
-    batches = train_batches(0)
-    images = next(batches)
-    more = itertools.islice(batches, max(0, count // len(images) - 1))
-    return np.concatenate([images, *more])
 
 
 class Parts(NamedTuple):
@@ -411,6 +406,7 @@ def run_steps(
     folder: Path,
     *,
     calibrate_fn: Callable[[TrainState], dict[str, Any]],
+    first_fn: Callable[[], np.ndarray],
     panel_fn: Callable[[TrainState, int, np.ndarray], dict[str, np.ndarray]] | None = None,
     writer: Any = None,
 ) -> TrainState:
@@ -422,6 +418,7 @@ def run_steps(
       train_batches: see `fit`.
       folder: where checkpoints/, train_log.jsonl, config.json, parameters.txt are written.
       calibrate_fn: returns the thresholds that a checkpoint of this state records.
+      first_fn: returns the good images that a fresh state is made of, uint8 [n, h, w, 3].
       panel_fn: given state, step and images, returns pictures for TensorBoard; None draws none.
       writer: see `fit`.
     """
@@ -434,11 +431,7 @@ def run_steps(
         donate_argnums=0,
     )
     with checkpoint.create_manager(folder / "checkpoints") as manager:
-        state, record = restore_or_create(
-            manager,
-            config,
-            partial(jax.jit(parts.create_state), first_images(train_batches, FIRST_IMAGES)),
-        )
+        state, record = restore_or_create(manager, config, jax.jit(parts.create_state), first_fn)
         start = int(state.step)
         if start >= config.num_steps:
             return state
@@ -513,6 +506,7 @@ def fit(
     category_dir: str | Path,
     *,
     held_out: np.ndarray | None = None,
+    remembered: np.ndarray | None = None,
     writer: Any = None,
 ) -> TrainState:
     """Trains the generator until `config.num_steps`, from where the last run there stopped.
@@ -524,6 +518,8 @@ def fit(
       category_dir: where checkpoints/, train_log.jsonl, config.json, parameters.txt are written.
       held_out: good images that are not trained on, uint8 [n, h, w, 3]: the thresholds that each
         checkpoint records are made from them.
+      remembered: good images that the generator's memory is of, uint8 [n, h, w, 3]; None takes
+        those of the first batch.
       writer: of clu.metric_writers, for TensorBoard; None writes none.
 
     Raises:
@@ -546,11 +542,18 @@ def fit(
         rows = draw_panel(*examples, maps, reconstructions)
         return {"good|defective|mask|map|reconstruction": rows}
 
+    def first_images() -> np.ndarray:
+        if remembered is None:
+            return next(iter(train_batches(0)))
+        # Always as many: the program that makes the state is compiled once for all categories.
+        return remembered[np.arange(REMEMBERED) * len(remembered) // REMEMBERED]
+
     return run_steps(
         config,
         parts,
         train_batches,
         Path(category_dir),
+        first_fn=first_images,
         calibrate_fn=lambda state: calibrate(predict_fn, state.ema, held_out, config),
         panel_fn=draw_panels,
         writer=writer,

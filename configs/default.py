@@ -170,7 +170,7 @@ def get_config() -> ConfigDict:
     config.evaluate = ConfigDict()
     config.evaluate.batch_size = 32
     # The image-level score is the mean of this fraction of the map's pixels, the highest ones.
-    config.evaluate.top_fraction = 0.005
+    config.evaluate.top_fraction = 0.01
     # The score that image metrics and verdicts are of: "map", or "detector" (detector.enabled).
     config.evaluate.image_score = "map"
     # The pixel threshold is what this share of the held-out pixels reaches, the image threshold
