@@ -15,11 +15,13 @@ from configs import cpu, mvtec
 # Each row differs from the one before in what it is named after. Written out, so that the rows stay
 # what they are when a default changes.
 ROWS = {
-    # row: (defects, adversarial weight, reconstruction weight, coordinates)
-    "baseline": ("plain", 0.0, 0.0, False),
-    "hard_augmentation": ("paper", 0.0, 0.0, False),
-    "adversarial_reconstruction": ("paper", 0.01, 1.0, False),
-    "coordinates": ("paper", 0.01, 1.0, True),
+    # row: (defects, adversarial weight, reconstruction weight, coordinates, patches remembered)
+    "baseline": ("plain", 0.0, 0.0, False, 0),
+    "hard_augmentation": ("paper", 0.0, 0.0, False, 0),
+    "adversarial_reconstruction": ("paper", 0.01, 1.0, False, 0),
+    "coordinates": ("paper", 0.01, 1.0, True, 0),
+    # What this project adds to the paper's parts: together they are configs/default.py.
+    "memory_and_more_defects": ("default", 0.01, 1.0, True, 2000),
 }
 
 
@@ -36,10 +38,14 @@ def get_config(argument: str = "all") -> ConfigDict:
     if categories == "all":
         config.categories = ("all",)
     if size != "paper":
-        config.num_steps = 200
-        config.warmup_steps = 20
+        config.batch_size = 8  # more steps for the same seconds
+        config.num_steps = 150
+        config.warmup_steps = 15
     config.seeds = (0, 1, 2)
-    for row, (preset, adversarial, reconstruction, coords) in ROWS.items():
+    # The same in all rows, and many times over.
+    config.evaluate.baselines = False
+    config.evaluate.pictures = 0
+    for row, (preset, adversarial, reconstruction, coords, memory) in ROWS.items():
         config.variants[row] = {
             "defects": {"preset": preset},
             "loss": {
@@ -47,6 +53,6 @@ def get_config(argument: str = "all") -> ConfigDict:
                 "adversarial_weight": adversarial,
                 "reconstruction_weight": reconstruction,
             },
-            "model": {"coords": coords},
+            "model": {"coords": coords, "memory": memory},
         }
     return config

@@ -1,5 +1,7 @@
 """Networks: shapes, coordinates, precision, and what they refuse."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,7 +86,7 @@ def test_the_map_is_drawn_without_coordinates_and_reconstruction_when_they_are_o
     variables = jax.jit(generator.init)(jax.random.key(0), images)
     assert set(variables["params"]) == {"MapHead_0", "PatchMemory_0"}
     assert variables["params"]["PatchMemory_0"]["memory"]["place"] == 0
-    assert variables["params"]["MapHead_0"]["ConvBlock_0"]["Conv_0"]["kernel"].shape[2] == 4 * 3
+    assert variables["params"]["MapHead_0"]["ConvBlock_0"]["Conv_0"]["kernel"].shape[2] == 4 * 3 + 1
     np.testing.assert_array_equal(generator.apply(variables, images)[1], images)
 
 
@@ -162,6 +164,9 @@ def test_the_memory_knows_what_it_was_initialised_with_and_training_does_without
     stripes = jnp.tile(jnp.sin(jnp.arange(32) / 2)[None, :, None, None] / 4 + 0.5, (4, 1, 32, 3))
     params = jax.jit(generator.init)(jax.random.key(0), stripes)["params"]
     marred = stripes.at[:, 12:20, 12:20].set(jax.random.uniform(jax.random.key(1), (4, 8, 8, 3)))
-    apply = lambda images, **how: generator.apply({"params": params}, images, **how)[0]  # noqa: E731
-    memory = apply(marred) - apply(marred, recall=False)  # what it adds
-    assert np.asarray(memory)[:, 14:18, 14:18].min() > np.asarray(memory)[:, :4].max() + 1
+    with_memory, without = (
+        jax.jit(partial(generator.apply, recall=recall))({"params": params}, marred)[0]
+        for recall in (True, False)
+    )
+    added = np.asarray(with_memory - without)
+    assert added[:, 14:18, 14:18].min() > added[:, :4].max() + 0.5
