@@ -137,6 +137,15 @@ class MapHead(nn.Module):
         return jax.image.resize(x[..., 0].astype(jnp.float32), (b, 2 * h, 2 * w), "bilinear")
 
 
+# Of the patch memory, all chosen by measuring (docs/experiments.md): pixels a side of a patch of
+# the image at half its size, and pixels from one patch to the next;
+PATCH, STRIDE = 8, 2
+# how much a patch's place may count, and what share of the best precision is enough for more of it;
+PLACES, ENOUGH = (0.0, 1.0, 2.0, 4.0), 0.87
+# and the weight of its distances in the map's logits.
+RECALL = 0.5
+
+
 def describe_patches(images: Array, *, patch: int, stride: int) -> tuple[Array, Array]:
     """Cuts images at half their size into overlapping patches, without their mean and contrast.
 
@@ -210,24 +219,23 @@ def remember_patches(
     x, places = (a.reshape(len(order), -1)[order] for a in (x, places))
     mean = jnp.mean(x, axis=0)
     variance, basis = jnp.linalg.eigh(jnp.cov(x, rowvar=False))  # from the smallest on
-    memory = {"mean": mean, "basis": basis[:, ::-1][:, :components]}
-    memory["place"] = coords * jnp.sqrt(jnp.sum(variance))
+    basis = basis[:, ::-1][:, :components]
+    place = coords * jnp.sqrt(jnp.sum(variance))
     x = x - mean
-    with_place = jnp.concatenate([x @ memory["basis"], memory["place"] * places], axis=-1)
-    memory["patches"] = with_place[:size]
+    patches = jnp.concatenate([x @ basis, place * places], axis=-1)[:size]
+    memory = {"basis": basis, "patches": patches, "place": place}
     distances = nearest_distance(x[size:], places[size:], **memory)
-    return memory | {"centre": jnp.mean(distances), "spread": jnp.std(distances)}
+    return memory | {"mean": mean, "centre": jnp.mean(distances), "spread": jnp.std(distances)}
 
 
 def nearest_distance(
-    x: Array, coords: Array, *, mean: Array, basis: Array, patches: Array, place: Array
+    x: Array, coords: Array, *, basis: Array, patches: Array, place: Array
 ) -> Array:
     """Returns the distance of descriptors [..., d] to the nearest of the remembered `patches`.
 
-    `x` are descriptors minus `mean`, `coords` [..., 2] where they lie; the others are those of
+    `x` are descriptors minus their mean, `coords` [..., 2] where they lie; the others are those of
     `remember_patches`. What the principal components leave over counts in full.
     """
-    del mean
     exact = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # differences of large numbers
     code = exact(x, basis)
     rest = jnp.sum(x**2, axis=-1) - jnp.sum(code**2, axis=-1)
@@ -237,7 +245,65 @@ def nearest_distance(
     return jnp.sqrt(jnp.maximum(squared + jnp.sum(code**2, axis=-1) + rest, 0.0))
 
 
-RECALL = 0.5  # weight of the memory's distances in the map's logits
+def patch_distances(
+    memory: Mapping[str, Array], images: Array, *, patch: int = PATCH, stride: int = STRIDE
+) -> Array:
+    """Returns the distance of each patch of the images to the nearest in memory: [b, h/4, w/4]."""
+    known = {name: memory[name] for name in ("basis", "patches", "place")}
+
+    def of_one(image: Array) -> Array:
+        x, coords = describe_patches(image[None], patch=patch, stride=stride)
+        return nearest_distance(x[0] - memory["mean"], coords, **known)
+
+    # Image by image: every patch of a batch against all of the memory would be gigabytes.
+    return jax.lax.map(of_one, images)
+
+
+def average_precision(scores: Array, labels: Array) -> Array:
+    """Returns the area under the precision-recall curve; `labels` are 1, 0 or -1 (not counted)."""
+    labels = labels.ravel()[jnp.argsort(-scores.ravel())]
+    hits = jnp.cumsum(labels == 1)
+    precision = hits / jnp.maximum(hits + jnp.cumsum(labels == 0), 1)
+    return jnp.sum(precision * (labels == 1)) / jnp.maximum(hits[-1], 1)
+
+
+def weigh_place(
+    memory: dict[str, Array], good: Array, defective: Array, masks: Array
+) -> dict[str, Array]:
+    """Chooses how much the place of a patch counts: a lot where all parts lie alike, else nothing.
+
+    The largest of the weights in PLACES whose distances find synthetic defects nearly as well
+    (ENOUGH, by average precision) as the best: the memory has not been fitted to them, but what is
+    in the wrong place as a whole is not among them.
+
+    Args:
+      memory: of `remember_patches`, with coords.
+      good: good images that the memory is not of, float [n, h, w, c] in [0, 1].
+      defective: the same with synthetic defects.
+      masks: their defect masks [n, h, w].
+
+    Returns:
+      The memory with that weight; `centre` and `spread` are those of all patches of `good`.
+    """
+    n, h, w = masks.shape
+    cell = 2 * STRIDE
+    share = masks.reshape(n, h // cell, cell, w // cell, cell).mean(axis=(2, 4))
+    labels = jnp.where(share >= 0.25, 1, jnp.where(share > 0, -1, 0))
+
+    def weighed(weight: float) -> dict[str, Array]:
+        patches = memory["patches"].at[:, -2:].multiply(weight)
+        return memory | {"patches": patches, "place": weight * memory["place"]}
+
+    precisions = jnp.stack(
+        [
+            average_precision(patch_distances(weighed(weight), defective), labels)
+            for weight in PLACES
+        ]
+    )
+    enough = precisions >= ENOUGH * jnp.max(precisions)
+    chosen = weighed(jnp.max(jnp.where(enough, jnp.array(PLACES), 0.0)))
+    distances = patch_distances(chosen, good)
+    return chosen | {"centre": jnp.mean(distances), "spread": jnp.std(distances)}
 
 
 class PatchMemory(nn.Module):
@@ -251,8 +317,8 @@ class PatchMemory(nn.Module):
     size: int
     coords: bool = True
     components: int = 32
-    patch: int = 8
-    stride: int = 2
+    patch: int = PATCH
+    stride: int = STRIDE
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
@@ -269,9 +335,7 @@ class PatchMemory(nn.Module):
             **cut,
         )
         memory = jax.lax.stop_gradient(self.param("memory", remember, images))
-        x, coords = describe_patches(images, **cut)
-        known = {name: memory[name] for name in ("mean", "basis", "patches", "place")}
-        distances = nearest_distance(x - memory["mean"], coords, **known)
+        distances = patch_distances(memory, images, **cut)
         return jnp.clip((distances - memory["centre"]) / (memory["spread"] + 1e-6), -3, 10)
 
 

@@ -29,6 +29,15 @@ def image_scores(maps: Array, top_fraction: float) -> Array:
     return jnp.mean(jax.lax.top_k(pixels, count)[0], axis=1)
 
 
+def peak_heights(logits: Array, top_fraction: float) -> Array:
+    """Returns how far each map's highest pixels stand out from its median, in logits, [b].
+
+    What raises all of a map alike, such as the light, is no defect.
+    """
+    median = jnp.median(logits.reshape(logits.shape[0], -1), axis=1)
+    return image_scores(logits, top_fraction) - median
+
+
 def predict_fn(
     params: dict, images: Array, *, generator: nn.Module, top_fraction: float
 ) -> tuple[Array, Array, Array]:
@@ -40,11 +49,12 @@ def predict_fn(
       generator: the module.
       top_fraction: of the pixels of a map that its score is the mean of.
 
-    All results are float32 in [0, 1]; reconstructions are clipped to it.
+    All are float32; maps and reconstructions are in [0, 1], the latter clipped to it, scores
+    (`peak_heights`) are at least 0.
     """
     logits, reconstructions = generator.apply({"params": params}, images.astype(jnp.float32) / 255)
-    maps = nn.sigmoid(logits)
-    return maps, image_scores(maps, top_fraction), jnp.clip(reconstructions, 0, 1)
+    scores = peak_heights(logits, top_fraction)
+    return nn.sigmoid(logits), scores, jnp.clip(reconstructions, 0, 1)
 
 
 def feature_distance(observed: Sequence[Array], reconstructed: Sequence[Array]) -> Array:

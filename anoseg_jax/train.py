@@ -315,7 +315,7 @@ def restore_or_create(
     `create` makes of the good images that `first_fn` returns.
     """
     options = json.loads(config.to_json())
-    template = jax.eval_shape(create, jax.ShapeDtypeStruct((1, *config.image_size, 3), np.uint8))
+    template = jax.eval_shape(create, jax.ShapeDtypeStruct((4, *config.image_size, 3), np.uint8))
     if manager.latest_step() is not None:
         state, saved, record = checkpoint.restore(manager, manager.latest_step(), template)
         check_same_run(saved, options)
@@ -383,8 +383,17 @@ def create_parts(config: ConfigDict) -> Parts:
     seed_key = jax.random.key(config.seed)
 
     def create_state(images: Array) -> TrainState:
-        good, _, _ = draw_examples(jax.random.fold_in(seed_key, 3), images, 0, **draw)
-        return train_state.create_state(seed_key, good, **players)
+        examples = draw_examples(jax.random.fold_in(seed_key, 3), images, 0, **draw)
+        kept = -(-3 * len(images) // 4)  # The memory is of these; the others weigh it.
+        state = train_state.create_state(seed_key, examples[0][:kept], **players)
+        if not (config.model.memory and config.model.coords):
+            return state
+        memory = state.generator["PatchMemory_0"]["memory"]
+        memory = models.weigh_place(memory, *(array[kept:] for array in examples))
+        generator_params = state.generator | {"PatchMemory_0": {"memory": memory}}
+        return state.replace(
+            generator=generator_params, ema=jax.tree.map(jnp.copy, generator_params)
+        )
 
     return Parts(
         generator=generator,

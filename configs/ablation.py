@@ -21,7 +21,7 @@ ROWS = {
     "adversarial_reconstruction": ("paper", 0.01, 1.0, False, 0),
     "coordinates": ("paper", 0.01, 1.0, True, 0),
     # What this project adds to the paper's parts: together they are configs/default.py.
-    "memory_and_more_defects": ("default", 0.01, 1.0, True, 2000),
+    "memory_and_more_defects": ("default", 0.01, 1.0, True, 4000),
 }
 
 

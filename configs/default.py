@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
     config.model.latent = 32
     # Patches of good images that are remembered; how far a patch is from the nearest of them is
     # where the map starts from. 0 for none.
-    config.model.memory = 2000
+    config.model.memory = 4000
     # The coordinate channels (an ablation).
     config.model.coords = True
     # "float32" or "bfloat16": of the computation; parameters and losses are always float32.
@@ -169,7 +169,8 @@ def get_config() -> ConfigDict:
     # Evaluation.
     config.evaluate = ConfigDict()
     config.evaluate.batch_size = 32
-    # The image-level score is the mean of this fraction of the map's pixels, the highest ones.
+    # The image-level score is how far this fraction of the map's pixels, the highest ones, stands
+    # out from its median.
     config.evaluate.top_fraction = 0.01
     # The score that image metrics and verdicts are of: "map", or "detector" (detector.enabled).
     config.evaluate.image_score = "map"
