@@ -214,6 +214,9 @@ def test_the_image_score_is_the_mean_of_the_highest_pixels():
     maps = jnp.arange(16.0).reshape(1, 4, 4)
     assert predict.image_scores(maps, 0.25)[0] == pytest.approx((12 + 13 + 14 + 15) / 4)
     assert predict.image_scores(maps, 1e-9)[0] == 15
+    # The same light on all of a map makes no difference.
+    heights = predict.peak_heights(jnp.concatenate([maps, maps + 7]), 0.25)
+    np.testing.assert_allclose(heights, [13.5 - 7.5] * 2)
 
 
 class TopPredictor(FixedPredictor):

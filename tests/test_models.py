@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
+from sklearn import metrics
 
 from anoseg_jax import models
 from configs import test as test_config
@@ -156,7 +158,43 @@ def test_distances_are_to_the_nearest_remembered_patch():
     code = np.concatenate([code, place], -1)
     every = ((code[..., None, :] - memory["patches"]) ** 2).sum(-1)
     expected = np.sqrt(every.min(-1) + rest)
-    np.testing.assert_allclose(models.nearest_distance(x, coords, **memory), expected, rtol=1e-3)
+    found = models.patch_distances(memory, images[:1], patch=4, stride=2)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_average_precision_is_scikit_learns_and_leaves_out_what_is_not_labelled():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.random(200), rng.integers(-1, 2, 200)
+    counted = labels >= 0
+    expected = metrics.average_precision_score(labels[counted], scores[counted])
+    assert models.average_precision(jnp.asarray(scores), jnp.asarray(labels)) == pytest.approx(
+        expected, abs=1e-5
+    )
+    assert models.average_precision(jnp.asarray(scores), jnp.zeros(200)) == 0
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_the_place_of_a_patch_counts_where_all_parts_lie_alike(aligned):
+    """Defects are pieces from elsewhere where parts lie alike, mirrored ones where they do not."""
+    rng = np.random.default_rng(0)
+    part = ndimage.gaussian_filter(rng.random((32, 32, 3)), (1.5, 1.5, 0), mode="wrap")
+    part = (part - part.min()) / (part.max() - part.min())
+    shifts = np.zeros((64, 2), int) if aligned else rng.integers(0, 32, (64, 2))
+    good = np.stack([np.roll(part, tuple(shift), axis=(0, 1)) for shift in shifts])
+    good = np.clip(good + 0.02 * rng.standard_normal(good.shape), 0, 1).astype(np.float32)
+    masks = np.zeros((64, 32, 32), np.float32)
+    masks[:, 8:20, 2:14] = 1
+    elsewhere = np.roll(good, 12, axis=1) if aligned else good[:, :, ::-1]
+    defective = np.where(masks[..., None] == 1, elsewhere, good)
+    options = {"components": 16, "patch": models.PATCH, "stride": models.STRIDE}
+    memory = models.remember_patches(
+        jax.random.key(0), jnp.asarray(good[:48]), size=600, coords=True, **options
+    )
+    weighed = models.weigh_place(memory, good[48:], defective[48:], masks[48:])
+    assert (weighed["place"] >= memory["place"]) == aligned
+    np.testing.assert_allclose(
+        models.patch_distances(weighed, good[48:]).mean(), weighed["centre"], rtol=1e-4
+    )
 
 
 def test_the_memory_knows_what_it_was_initialised_with_and_training_does_without(config):
