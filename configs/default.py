@@ -171,7 +171,7 @@ def get_config() -> ConfigDict:
     config.evaluate.batch_size = 32
     # The image-level score is how far this fraction of the map's pixels, the highest ones, stands
     # out from its median.
-    config.evaluate.top_fraction = 0.01
+    config.evaluate.top_fraction = 0.001
     # The score that image metrics and verdicts are of: "map", or "detector" (detector.enabled).
     config.evaluate.image_score = "map"
     # The pixel threshold is what this share of the held-out pixels reaches, the image threshold
