@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 from anoseg_jax import options
-from configs import ablation, folder, mvtec
+from configs import ablation, default, folder, mvtec
 from configs import test as test_config
 
 
@@ -94,18 +94,25 @@ def test_each_row_of_the_ablation_adds_one_part():
     assert list(rows) == list(ablation.ROWS)
     screws = [options.of_category(row, "screw") for row in rows.values()]
     parts = [
-        (s.defects.preset, s.loss.adversarial_weight, s.loss.reconstruction_weight, s.model.coords)
+        (
+            s.defects.preset,
+            *(s.loss.adversarial_weight, s.loss.reconstruction_weight),
+            *(s.model.coords, s.model.memory),
+        )
         for s in screws
     ]
-    assert parts[:4] == [
-        ("plain", 0, 0, False),
-        ("paper", 0, 0, False),
-        ("paper", 0.01, 1, False),
-        ("paper", 0.01, 1, True),
+    defaults = default.get_config()
+    assert parts == [
+        ("plain", 0, 0, False, 0),
+        ("paper", 0, 0, False, 0),
+        ("paper", 0.01, 1, False, 0),
+        ("paper", 0.01, 1, True, 0),
+        (defaults.defects.preset, 0.01, 1, True, defaults.model.memory),
     ]
     for screw in screws:
         assert screw.augment.flip_vertical and not screw.variants and not screw.category_options
-        screw.update({"defects": {"preset": "plain"}, "model": {"coords": True}})
+        same = {"defects": {"preset": "plain"}, "model": {"coords": True, "memory": 0}}
+        screw.update(same)
         screw.loss = screws[0].loss
     assert all(screw == screws[0] for screw in screws)
 
