@@ -4,22 +4,43 @@ A checkpoint is `<directory>/<step>/` with three items: `state` (arrays), `confi
 (JSON; `record` holds what belongs to the run so far: seconds of training, parameter count ...).
 """
 
+import contextlib
 import hashlib
-from typing import Any, TypeVar
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-State = TypeVar("State")
+from anoseg_jax import UsageError
+
 Manager = ocp.CheckpointManager
 
 
-def create_manager(directory: epath.PathLike, *, create: bool = True) -> Manager:
-    """Opens the checkpoints in `directory`; keeps the two newest.
+class CheckpointError(UsageError):
+    """Checkpoints that are there and cannot be read; the message is one line that says which."""
+
+
+class Saved(NamedTuple):
+    """A checkpoint: `state` is of numpy arrays, `config` and `record` are what was in the JSON."""
+
+    state: Any
+    config: dict
+    record: dict
+    step: int
+
+
+@contextlib.contextmanager
+def open_manager(directory: epath.PathLike, *, create: bool = True) -> Iterator[Manager]:
+    """Opens the checkpoints in `directory`; keeps the two newest. What is begun is ended at exit.
 
     A directory that is not there is made, or with `create=False` refused (FileNotFoundError).
+    Raises OSError if what was begun cannot be written.
 
     Two: should the newest turn out damaged, one is left. No "best" one is kept: the only data that
     could tell which is best without looking at the test set would be defects, and there are none.
@@ -27,77 +48,161 @@ def create_manager(directory: epath.PathLike, *, create: bool = True) -> Manager
     directory = epath.Path(directory)
     if not create and not directory.exists():
         raise FileNotFoundError(f"no checkpoint in {directory}: train there first")
-    return Manager(
+    manager = Manager(
         directory.resolve(),
         options=ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(2), create=create
+            preservation_policy=ocp.checkpoint_managers.LatestN(2),
+            create=create,
+            # What a kill left half written.
+            cleanup_tmp_directories=create,
         ),
     )
+    with _without_tracebacks_of_orbax(), manager:
+        yield manager
+        with _writing(directory):
+            manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _without_tracebacks_of_orbax() -> Iterator[None]:
+    """Keeps quiet what fails in orbax's own threads: it raises that again in ours."""
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        frames = traceback.extract_tb(failed.exc_traceback)
+        if not any("orbax" in frame.filename for frame in frames):
+            before(failed)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+@contextlib.contextmanager
+def _writing(where: epath.Path) -> Iterator[None]:
+    """Makes an OSError of one line of what orbax and tensorstore raise, which is of many kinds."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"{where}: checkpoint not written: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def save(manager: Manager, state: Any, step: int, *, config: dict, record: dict) -> None:
-    """Saves in the background; `manager.wait_until_finished()` waits for it.
+    """Saves in the background; the end of `open_manager` waits for it.
 
-    Orbax writes under a temporary name and renames: a checkpoint is whole or it is not there.
+    Orbax writes under a temporary name and renames: a checkpoint is whole or it is not there. What
+    happens to it on the disk later is told by the hash that the record gets, `state_sha256`.
+
+    Raises OSError if it, or the one before it, cannot be written.
     """
     # On the host first: orbax refuses pmap's host-local arrays, and the step donates its state.
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(jax.device_get(state)),
-            config=ocp.args.JsonSave(config),
-            record=ocp.args.JsonSave(record),
-        ),
-    )
-
-
-def restore(manager: Manager, step: int, template: State) -> tuple[State, dict, dict]:
-    """Returns the state (numpy arrays), config and record of `step`.
-
-    `template` is a state of the same shapes: arrays or what `jax.eval_shape` returns.
-    """
-    as_numpy = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(as_numpy),
-            config=ocp.args.JsonRestore(),
-            record=ocp.args.JsonRestore(),
-        ),
-    )
-    return restored.state, restored.config, restored.record
-
-
-def restore_newest(directory: epath.PathLike) -> tuple[dict, dict, dict, int]:
-    """Returns the state (nested dicts of numpy arrays), config, record and step of the newest.
-
-    Raises FileNotFoundError, naming the directory, if it holds no checkpoint.
-    """
-    with create_manager(directory, create=False) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise FileNotFoundError(f"no checkpoint in {directory}: train there first")
-        restored = manager.restore(
+    state = jax.device_get(state)
+    record = record | {"state_sha256": state_sha256(state)}
+    with _writing(epath.Path(manager.directory) / str(step)):
+        manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(),
-                config=ocp.args.JsonRestore(),
-                record=ocp.args.JsonRestore(),
+                state=ocp.args.StandardSave(state),
+                config=ocp.args.JsonSave(config),
+                record=ocp.args.JsonSave(record),
             ),
         )
-    return restored.state, restored.config, restored.record, step
+
+
+def restore(
+    manager: Manager,
+    *,
+    template: Any = None,
+    check: Callable[[dict, dict], None] = lambda config, record: None,
+) -> Saved | None:
+    """Returns the newest checkpoint that is whole; None if there is none at all.
+
+    Of each newer one, which is damaged, a line on stderr says what is wrong with it.
+
+    Args:
+      manager: of `open_manager`.
+      template: a state of the same shapes, arrays or what `jax.eval_shape` returns, to get a state
+        of that kind; None gets nested dicts.
+      check: given config and record, raises if this is not a checkpoint that is wanted.
+
+    Raises CheckpointError if there are checkpoints and none of them is whole.
+    """
+    as_numpy = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
+    damaged = []
+    for step in sorted(manager.all_steps(), reverse=True):
+        folder = epath.Path(manager.directory) / str(step)
+        try:
+            config, record = _read_json(manager, step, "config"), _read_json(manager, step, "record")
+        except Exception as error:
+            damaged.append(f"{folder}: {_reason(error)}")
+            continue
+        check(config, record)
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(as_numpy))
+            state = manager.restore(step, args=args).state
+            if state_sha256(state) != record["state_sha256"]:
+                raise ValueError("the arrays are not those that were saved")
+        except Exception as error:
+            damaged.append(f"{folder}: {_reason(error)}")
+            continue
+        for line in damaged:
+            print(f"warning: damaged checkpoint {line}; step {step} is used", file=sys.stderr)
+        return Saved(state, config, record, step)
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint can be read: {'; '.join(damaged)}; to start anew remove "
+            f"{manager.directory}"
+        )
+    return None
+
+
+def _read_json(manager: Manager, step: int, item: str) -> dict:
+    args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
+    return manager.restore(step, args=args)[item]
+
+
+def set_aside(manager: Manager, after: int) -> None:
+    """Renames the checkpoints after step `after` to damaged_<step> beside their directory.
+
+    Their steps come again, and orbax refuses to write over them.
+    """
+    steps = [step for step in manager.all_steps() if step > after]
+    if steps and jax.process_index() == 0:
+        directory = epath.Path(manager.directory)
+        for step in steps:
+            aside = directory.parent / f"damaged_{step}"
+            if aside.exists():
+                aside.rmtree()
+            (directory / str(step)).rename(aside)
+    ocp.multihost.sync_global_processes("set_aside")
+    manager.reload()
+
+
+def restore_newest(directory: epath.PathLike) -> Saved:
+    """Returns the newest whole checkpoint (see `restore`) in `directory`, as nested dicts.
+
+    Raises FileNotFoundError, naming the directory, if it holds none.
+    """
+    with open_manager(directory, create=False) as manager:
+        saved = restore(manager)
+    if saved is None:
+        raise FileNotFoundError(f"no checkpoint in {directory}: train there first")
+    return saved
 
 
 def read_record(directory: epath.PathLike) -> dict | None:
-    """Returns the record of the newest checkpoint in `directory`; None if there is none."""
+    """Returns the record of the newest whole checkpoint in `directory`; None if there is none."""
     if not epath.Path(directory).exists():
         return None
-    with create_manager(directory, create=False) as manager:
-        step = manager.latest_step()
-        if step is None:
-            return None
-        restored = manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
-    return restored.record
+    with open_manager(directory, create=False) as manager:
+        saved = restore(manager)
+    return saved.record if saved else None
 
 
 def restore_variables(directory: epath.PathLike) -> tuple[dict, dict, dict, int]:
@@ -117,3 +222,16 @@ def params_sha256(params: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def state_sha256(state: Any) -> str:
+    """Returns the SHA-256 of dtypes, shapes and bytes of all leaves, whatever holds them.
+
+    A state and the nested dicts that it is restored as have the same.
+    """
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    digests = sorted(
+        hashlib.sha256(f"{leaf.dtype} {leaf.shape}".encode() + leaf.tobytes()).digest()
+        for leaf in leaves
+    )
+    return hashlib.sha256(b"".join(digests)).hexdigest()

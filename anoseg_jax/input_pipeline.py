@@ -130,25 +130,33 @@ def batch_order(*, count: int, batch_size: int, seed: int, step: int) -> np.ndar
 
 
 def train_batches(
-    images: np.ndarray, start_step: int, *, batch_size: int, seed: int
+    images: np.ndarray,
+    start_step: int,
+    *,
+    batch_size: int,
+    seed: int,
+    rows: slice = slice(None),
 ) -> Iterator[np.ndarray]:
-    """Yields shuffled batches for ever, two of them prepared ahead: uint8 [batch_size, h, w, 3].
+    """Yields shuffled batches for ever, two of them prepared ahead: uint8 [b, h, w, 3].
 
     Args:
       images: uint8 [n, h, w, 3].
       start_step: how many batches the run has had already.
       batch_size: of all devices together.
       seed: of the order.
+      rows: those of each batch that are wanted, `b` of them: of several processes each takes its
+        own, and together they take the batch.
     """
     cached = tf.constant(images)
 
     def orders() -> Iterator[np.ndarray]:
         step = start_step
         while True:
-            yield batch_order(count=len(images), batch_size=batch_size, seed=seed, step=step)
+            order = batch_order(count=len(images), batch_size=batch_size, seed=seed, step=step)
+            yield order[rows]
             step += 1
 
-    signature = tf.TensorSpec((batch_size,), tf.int64)
+    signature = tf.TensorSpec((None,), tf.int64)
     dataset = tf.data.Dataset.from_generator(orders, output_signature=signature)
     batches = dataset.map(lambda order: tf.gather(cached, order)).prefetch(2)
     return batches.as_numpy_iterator()

@@ -30,7 +30,7 @@ def check(config: ConfigDict, *, training: bool = False) -> None:
             raise OptionError(f"{where} is of one run: seeds={config.seeds} must be empty")
         if not Path(config.maps_dir).is_dir():
             raise OptionError(f"{where} is no folder; it holds <category>/<defect type>/<stem>.npy")
-    devices = jax.local_device_count()
+    devices = jax.device_count()
     if config.batch_size < 1 or config.batch_size % devices:
         raise OptionError(
             f"batch_size={config.batch_size} must be a multiple of the {devices} devices, for "

@@ -99,23 +99,29 @@ def detect_fn(
 
 
 def divide(function: Callable, batch_size: int | None = None) -> Callable[..., Any]:
-    """Returns `function` of parameters and arrays [b, ...], divided over all local devices.
+    """Returns `function` of parameters and arrays [b, ...], divided over all devices.
 
     It takes and returns numpy arrays and fills up with copies of the last example: to `batch_size`,
     so that it is compiled once for all batches up to it, or with None to a multiple of the devices.
+    Of several processes each must call it with the same, and gets all of the results.
     """
-    mesh = Mesh(jax.local_devices(), ("batch",))
+    mesh = Mesh(jax.devices(), ("batch",))
     replicated, divided = (
         NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("batch"))
     )
-    jitted = jax.jit(function)
+    jitted = jax.jit(function, out_shardings=replicated)
+
+    def put(array: Any, sharding: NamedSharding) -> Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     def call(params: Any, *arrays: np.ndarray) -> Any:
         count = len(arrays[0])
         size = max(count, batch_size or 0)
         size += -size % mesh.size
         filled = [np.concatenate([x, np.repeat(x[-1:], size - count, axis=0)]) for x in arrays]
-        results = jitted(jax.device_put(params, replicated), *jax.device_put(filled, divided))
+        placed = jax.tree.map(lambda array: put(array, replicated), params)
+        results = jitted(placed, *(put(array, divided) for array in filled))
         return jax.tree.map(lambda result: np.asarray(result)[:count], results)
 
     return call
@@ -179,7 +185,7 @@ def check_generator(record: Mapping[str, Any], params_sha256: str, folder: Path)
 
 
 class DetectorPredictor:
-    """A trained image-level detector on all local devices.
+    """A trained image-level detector on all devices.
 
     Attributes:
       params: the averaged weights of the "detector", and those of its "discriminator".
@@ -214,7 +220,7 @@ class DetectorPredictor:
 
 
 class Predictor:
-    """A trained generator on all local devices.
+    """A trained generator on all devices.
 
     Attributes:
       params: the averaged weights of the generator.

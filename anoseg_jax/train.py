@@ -1,10 +1,10 @@
 """Training: one step of the three losses, and the loop around it."""
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from clu import parameter_overview
+from etils import epath
 from jax import Array
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from anoseg_jax import (
     augment,
     checkpoint,
     defects,
+    job,
     losses,
     models,
     predict,
@@ -306,35 +308,47 @@ def check_same_run(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
 def restore_or_create(
     manager: checkpoint.Manager,
     config: ConfigDict,
-    create: Callable[[Array], TrainState],
+    parts: "Parts",
     first_fn: Callable[[], np.ndarray],
 ) -> tuple[TrainState, dict]:
     """Returns the state to start from and what was recorded up to there.
 
-    1. The newest checkpoint of this workdir; 2. that of `config.resume`; 3. a fresh state, which
-    `create` makes of the good images that `first_fn` returns.
+    1. The newest whole checkpoint of this workdir; 2. that of `config.resume`; 3. a fresh state,
+    which `parts.create_state` makes of the good images that `first_fn` returns.
     """
-    options = json.loads(config.to_json())
+    create = jax.jit(parts.create_state)
+
+    def check(saved: dict, record: dict) -> None:
+        check_same_run(saved, json.loads(config.to_json()))
+        for name, value in parts.about.items():
+            was = str(record.get(name))
+            if was != value:
+                raise TrainingError(
+                    f"the checkpoint was trained with other {name}: {was[:12]}, now {value[:12]}; "
+                    "put back what it was trained with, or start in a new --workdir"
+                )
+
     template = jax.eval_shape(create, jax.ShapeDtypeStruct((4, *config.image_size, 3), np.uint8))
-    if manager.latest_step() is not None:
-        state, saved, record = checkpoint.restore(manager, manager.latest_step(), template)
-        check_same_run(saved, options)
+    saved = checkpoint.restore(manager, template=template, check=check)
+    if saved is not None:
+        checkpoint.set_aside(manager, saved.step)
     elif config.resume:
-        with checkpoint.create_manager(Path(config.resume) / "checkpoints", create=False) as other:
-            if other.latest_step() is None:
-                raise TrainingError(f"config.resume={config.resume}: no checkpoint there")
-            state, saved, record = checkpoint.restore(other, other.latest_step(), template)
-            check_same_run(saved, options)
-    else:
-        state, record = create(first_fn()), {"train_seconds": 0.0}
-    return state, record
+        directory = epath.Path(config.resume) / "checkpoints"
+        with checkpoint.open_manager(directory, create=False) as other:
+            saved = checkpoint.restore(other, template=template, check=check)
+        if saved is None:
+            raise TrainingError(f"config.resume={config.resume}: no checkpoint there")
+    if saved is None:
+        return create(first_fn()), {"train_seconds": 0.0}
+    return saved.state, saved.record
 
 
 class Parts(NamedTuple):
     """What a config describes, as functions: see `draw_examples`, `train_step`, `create_state`.
 
     `frozen` are arrays that the step takes after the others and that training leaves as they are;
-    `about` is what each checkpoint's record says beside what `run_steps` puts there.
+    `about` are hexadecimal hashes of what it is trained with: each checkpoint's record says them,
+    and a run goes on only with the same.
     """
 
     generator: nn.Module
@@ -345,7 +359,7 @@ class Parts(NamedTuple):
     count_flops: Callable  # (), of one image
     draw_key: Array
     frozen: tuple = ()
-    about: Mapping[str, Any] = {}
+    about: Mapping[str, str] = {}
 
 
 def create_optimizers(config: ConfigDict) -> tuple[optax.Schedule, Optimizers]:
@@ -412,7 +426,7 @@ def run_steps(
     config: ConfigDict,
     parts: Parts,
     train_batches: Callable[[int], Iterator[np.ndarray]],
-    folder: Path,
+    folder: epath.Path,
     *,
     calibrate_fn: Callable[[TrainState], dict[str, Any]],
     first_fn: Callable[[], np.ndarray],
@@ -430,8 +444,10 @@ def run_steps(
       first_fn: returns the good images that a fresh state is made of, uint8 [n, h, w, 3].
       panel_fn: given state, step and images, returns pictures for TensorBoard; None draws none.
       writer: see `fit`.
+
+    Raises job.Stopped once everything is saved, if a signal has asked for it.
     """
-    devices = jax.local_device_count()
+    devices, first = jax.local_device_count(), job.is_first()
     p_train_step = jax.pmap(
         parts.train_step,
         axis_name="batch",
@@ -439,8 +455,15 @@ def run_steps(
         out_axes=(None, 0),
         donate_argnums=0,
     )
-    with checkpoint.create_manager(folder / "checkpoints") as manager:
-        state, record = restore_or_create(manager, config, jax.jit(parts.create_state), first_fn)
+    with checkpoint.open_manager(folder / "checkpoints") as manager:
+        state, record = restore_or_create(manager, config, parts, first_fn)
+        job.check_equal(
+            dict(parts.about)
+            | {
+                "options": hashlib.sha256(config.to_json().encode()).hexdigest(),
+                "weights to start from": checkpoint.state_sha256(state),
+            }
+        )
         start = int(state.step)
         if start >= config.num_steps:
             return state
@@ -449,20 +472,24 @@ def run_steps(
         record |= parts.about
         print(
             f"{type(parts.generator).__name__.lower()}: {record['parameters']:,} parameters, "
-            f"{record['flops_per_image'] / 1e9:.2f} GFLOP an image; {devices} x "
+            f"{record['flops_per_image'] / 1e9:.2f} GFLOP an image; {jax.device_count()} x "
             f"{jax.local_devices()[0].device_kind}"
+            + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
             + (f"; resumed at step {start}" if start else "")
         )
-        overview = parameter_overview.get_parameter_overview(state.generator)
-        (folder / "parameters.txt").write_text(overview + "\n")
-        (folder / "config.json").write_text(config.to_json(indent=2) + "\n")
-        state, frozen = train_state.place(state), train_state.place(parts.frozen)
         log_path = folder / "train_log.jsonl"
-        train_log.keep_until(log_path, start)
+        if first:
+            overview = parameter_overview.get_parameter_overview(state.generator)
+            (folder / "parameters.txt").write_text(overview + "\n")
+            (folder / "config.json").write_text(config.to_json(indent=2) + "\n")
+            train_log.keep_until(log_path, start)
+        state, frozen = train_state.place(state), train_state.place(parts.frozen)
         earlier_seconds, began = record["train_seconds"], time.monotonic()
         pending: list[dict[str, Array]] = []  # each step's metrics since the last line of the log
         timed_step, timed_at = start + 1, None
-        bar = tqdm(initial=start, total=config.num_steps, disable=None, unit="step", leave=False)
+        stop = False
+        quiet = None if first else True  # None: where there is no terminal
+        bar = tqdm(initial=start, total=config.num_steps, disable=quiet, unit="step", leave=False)
         steps = range(start + 1, config.num_steps + 1)
         for step, images in zip(steps, train_batches(start), strict=False):
             batch = images.reshape(devices, -1, *images.shape[1:])  # [devices, b, h, w, 3]
@@ -474,7 +501,8 @@ def run_steps(
                 jax.block_until_ready(metrics)
                 timed_at = time.monotonic()
 
-            save = step % config.checkpoint_every == 0 or step == config.num_steps
+            stop = job.must_stop()
+            save = stop or step % config.checkpoint_every == 0 or step == config.num_steps
             if save or step % config.log_every == 0:
                 stacked = {
                     name: np.array([float(m[name][0]) for m in jax.device_get(pending)])
@@ -489,7 +517,8 @@ def run_steps(
                     images_done = (step - timed_step) * config.batch_size
                     line["images_per_second"] = images_done / (now - timed_at)
                 timed_step, timed_at = step, now
-                train_log.write_line(log_path, line, bar, config.num_steps)
+                if first:
+                    train_log.write_line(log_path, line, bar, config.num_steps)
                 if writer is not None:
                     writer.write_scalars(step, {k: v for k, v in line.items() if k != "step"})
             if save:
@@ -503,19 +532,25 @@ def run_steps(
                         writer.write_images(step, panel_fn(state, step, images[:PANEL_ROWS]))
                     writer.flush()
                 timed_at = time.monotonic()
+            if stop:
+                break
         bar.close()
-        if int(state.step) < config.num_steps:
-            raise TrainingError(f"the training images ended at step {int(state.step)}")
+        done = int(state.step)
+        if done < config.num_steps and not stop:
+            raise TrainingError(f"the training images ended at step {done}")
+    if done < config.num_steps:
+        raise job.Stopped(f"stopped at step {done} of {config.num_steps}")
     return state
 
 
 def fit(
     config: ConfigDict,
     train_batches: Callable[[int], Iterator[np.ndarray]],
-    category_dir: str | Path,
+    category_dir: epath.PathLike,
     *,
     held_out: np.ndarray | None = None,
     remembered: np.ndarray | None = None,
+    images_sha256: str | None = None,
     writer: Any = None,
 ) -> TrainState:
     """Trains the generator until `config.num_steps`, from where the last run there stopped.
@@ -523,19 +558,27 @@ def fit(
     Args:
       config: the options of configs/default.py.
       train_batches: given the number of steps done, returns the batches that follow: good images,
-        uint8 [config.batch_size, h, w, 3]. Must depend on that number alone.
+        uint8 [config.batch_size, h, w, 3], of several processes each its `job.rows` of them. Must
+        depend on that number alone.
       category_dir: where checkpoints/, train_log.jsonl, config.json, parameters.txt are written.
       held_out: good images that are not trained on, uint8 [n, h, w, 3]: the thresholds that each
         checkpoint records are made from them.
       remembered: good images that the generator's memory is of, uint8 [n, h, w, 3]; None takes
-        those of the first batch.
+        those of the first batch; of several processes each must be given the same.
+      images_sha256: hash of the images it is trained on: with others a run does not go on; None
+        does not ask.
       writer: of clu.metric_writers, for TensorBoard; None writes none.
 
     Raises:
-      TrainingError: a loss or a gradient is not finite (the last good checkpoint stays), the
-        options differ from those of the checkpoint, or the batches end early.
+      TrainingError: a loss or a gradient is not finite (the last good checkpoint stays), options
+        or images differ from those of the checkpoint, or the batches end early.
+      checkpoint.CheckpointError: there are checkpoints, and none can be read.
+      OSError: something cannot be written.
+      job.Stopped: a signal has asked for it; everything is saved.
     """
     parts = create_parts(config)
+    if images_sha256:
+        parts = parts._replace(about={"images_sha256": images_sha256})
     # The program that evaluation runs later: compiled once for both.
     predict_fn = predict.create_predict(
         parts.generator,
@@ -561,7 +604,7 @@ def fit(
         config,
         parts,
         train_batches,
-        Path(category_dir),
+        epath.Path(category_dir),
         first_fn=first_images,
         calibrate_fn=lambda state: calibrate(predict_fn, state.ema, held_out, config),
         panel_fn=draw_panels,
