@@ -16,6 +16,7 @@ MODES = {
     "train": "trains, or goes on training, and evaluates",
     "evaluate": "evaluates the newest checkpoints",
     "check": "reports on images and masks, without training (needs no --workdir)",
+    "merge": "puts the results of jobs with config.shard=i/n together (needs no --config)",
     "report": "writes report.html again from the result files (needs no --config)",
     "compare": "compares finished runs: launch.py --mode=compare --workdir=W RUN RUN ...",
 }
@@ -38,6 +39,12 @@ def run(mode, config, workdir, runs):
         compare.write(comparison, workdir)
         print(compare.as_markdown(comparison))
         return 0
+    if mode == "merge":
+        from anoseg_jax import shards
+
+        missing = shards.merge(workdir)
+        print(f"merged what is there: {workdir}")
+        return complain("\n".join(missing), int(bool(missing)))
     from data import layout
 
     if mode == "check":
@@ -68,7 +75,7 @@ def main(argv):
     """Parses the flags, runs, and returns the exit code; errors of use are no tracebacks."""
     try:
         runs = FLAGS(argv)[1:]
-        if FLAGS.mode not in ("report", "compare"):
+        if FLAGS.mode not in ("merge", "report", "compare"):
             if runs or FLAGS.config is None:
                 raise flags.Error("needs --config=FILE; options are set as --config.KEY=VALUE")
             FLAGS.config.keys()  # raises what went wrong when the file was loaded

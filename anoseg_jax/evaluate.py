@@ -489,9 +489,9 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def read_results(workdir: Path) -> dict[str, Any]:
-    """Returns the content of `workdir`/results.json."""
-    return json.loads((workdir / "results.json").read_text())
+def read_results(folder: Path) -> dict[str, Any]:
+    """Returns the content of results.json of a workdir or of a category folder."""
+    return json.loads((folder / "results.json").read_text())
 
 
 def write_everything(workdir: Path, everything: dict[str, Any]) -> None:
@@ -500,26 +500,63 @@ def write_everything(workdir: Path, everything: dict[str, Any]) -> None:
     write_text(workdir / "results.md", as_markdown(everything))
 
 
-def write_results(
-    workdir: Path, category: str, results: dict[str, Any], *, config: str, command: str
-) -> None:
-    """Puts a category's results into `workdir`/results.json and results.md, beside the others.
+def write_category(folder: Path, results: dict[str, Any], *, config: str, command: str) -> None:
+    """Writes `folder`/results.json: the `results` of a category, and how they were made.
 
     `config` is the JSON of the options of this run, hashed into `config_sha256`; `command` is how
     it was called.
     """
-    there = (workdir / "results.json").exists()
-    categories = read_results(workdir)["categories"] if there else {}
-    categories[category] = results
-    everything = {
-        "categories": categories,
-        "mean": mean_of(categories),
+    of_category = {
+        "results": results,
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
         "command": command,
         "versions": versions(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
-    write_everything(workdir, everything)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(of_category, indent=2, allow_nan=False) + "\n"
+    write_text(folder / "results.json", text)
+
+
+def assemble(workdir: Path, categories: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Writes results.json and results.md of `workdir` from those of its category folders.
+
+    Other categories that are in results.json stay there. Returns what `write_category` wrote, by
+    category; those that have nothing yet are left out, and without any nothing is written.
+    """
+    found = {
+        name: read_results(workdir / name)
+        for name in categories
+        if (workdir / name / "results.json").exists()
+    }
+    if not found:
+        return {}
+    there = read_results(workdir)["categories"] if (workdir / "results.json").exists() else {}
+    others = {name: results for name, results in there.items() if name not in found}
+    every = others | {name: of_category["results"] for name, of_category in found.items()}
+    made = [{k: v for k, v in one.items() if k != "results"} for one in found.values()]
+    write_everything(workdir, {"categories": every, "mean": mean_of(every)} | _either(made))
+    return found
+
+
+def _either(values: Sequence[Any]) -> Any:
+    """Returns the value that all have; where they differ each once, with "; " between."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    if isinstance(values[0], dict):
+        return {key: _either([value[key] for value in values]) for key in values[0]}
+    return "; ".join(dict.fromkeys(values))
+
+
+def write_results(
+    workdir: Path, category: str, results: dict[str, Any], *, config: str, command: str
+) -> None:
+    """Writes a category's results into its folder, and beside the others into `workdir`'s files.
+
+    See `write_category`, `assemble`.
+    """
+    write_category(workdir / category, results, config=config, command=command)
+    assemble(workdir, [category])
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation, arrays: dict[str, np.ndarray]) -> None:

@@ -1,5 +1,6 @@
 """An experiment: every category of a config trained, evaluated, written; over seeds, variants."""
 
+import re
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -11,7 +12,6 @@ from ml_collections import ConfigDict
 
 from anoseg_jax import (
     ablation,
-    compare,
     detector,
     evaluate,
     input_pipeline,
@@ -20,6 +20,7 @@ from anoseg_jax import (
     pictures,
     predict,
     report,
+    shards,
     train,
     train_log,
 )
@@ -129,11 +130,18 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
 
 
 def run_seed(
-    config: ConfigDict, workdir: Path, splits: Mapping[str, Splits], *, training: bool, command: str
+    config: ConfigDict,
+    workdir: Path,
+    splits: Mapping[str, Splits],
+    *,
+    training: bool,
+    command: str,
+    alone: bool = True,
 ) -> list[str]:
     """Runs all categories with `config.seed`; returns a line for each that failed.
 
-    Results are written after every category: what is finished is not lost with what follows.
+    Results are written after every category: what is finished is not lost with what follows. If
+    other jobs write into `workdir`, too, (not `alone`) only into the category's own folder.
     """
     failures = []
     for name, of_category in splits.items():
@@ -151,12 +159,25 @@ def run_seed(
             failures.append(f"{name}: {error}")
             print(f"error: {failures[-1]}", file=sys.stderr)
             continue
-        evaluate.write_results(workdir, name, results, config=config.to_json(), command=command)
+        made = {"config": config.to_json(), "command": command}
+        if alone:
+            evaluate.write_results(workdir, name, results, **made)
+        else:
+            evaluate.write_category(workdir / name, results, **made)
         print(evaluate.summary(name, results), flush=True)
-    if len(failures) < len(splits):
+    if alone and len(failures) < len(splits):
         report.write_run(workdir)
         print(f"results: {workdir}/results.md; pictures and curves: {workdir}/report.html")
     return failures
+
+
+def with_seed(config: ConfigDict, seed: int | None) -> ConfigDict:
+    """Returns the options of one of `config.seeds`; None is for a run without these."""
+    one = config.copy_and_resolve_references()
+    one.shard = ""  # of the job, not of the run: it is in no file and no hash
+    if seed is not None:
+        one.seed, one.seeds = seed, ()
+    return one
 
 
 def run_seeds(
@@ -168,19 +189,39 @@ def run_seeds(
     """
     if not config.seeds:
         return run_seed(config, workdir, splits, training=training, command=command)
-    failures, results = [], {}
+    failures = []
     for seed in config.seeds:
         print(f"==== seed {seed}", flush=True)
-        one = config.copy_and_resolve_references()
-        one.seed, one.seeds = seed, ()
-        folder = workdir / f"seed_{seed}"
+        one, folder = with_seed(config, seed), shards.folder_of(workdir, seed=seed)
         failed = run_seed(one, folder, splits, training=training, command=command)
         failures += [f"seed {seed}: {line}" for line in failed]
-        if (folder / "results.json").exists():
-            results[seed] = evaluate.read_results(folder)
-    if results:
-        evaluate.write_everything(workdir, compare.mean_over_seeds(results))
-        print(f"mean and spread over {len(results)} seeds: {workdir}/results.md")
+    if shards.write_mean(workdir, config.seeds):
+        print(f"mean and spread over seeds: {workdir}/results.md")
+    return failures
+
+
+def run_shard(
+    config: ConfigDict, workdir: Path, splits: Mapping[str, Splits], *, training: bool, command: str
+) -> list[str]:
+    """Runs this job's share of what `run` does; `shards.merge` puts the results of all together.
+
+    Returns a line for each category that failed.
+    """
+    shard = options.shard_of(config.shard)
+    command = re.sub(r" --config\.shard[= ]\S+", "", command)
+    plan = shards.plan_of(config, list(splits), command)
+    shards.write_plan(workdir, plan, shard)
+    variants = options.of_variants(config, splits) or {"": config}
+    failures = []
+    units = shards.units_of(plan, shard)
+    for variant, seed, category in units:
+        one, folder = with_seed(variants[variant], seed), shards.folder_of(workdir, variant, seed)
+        print(f"==== {folder}", flush=True)
+        share = {category: splits[category]}
+        failed = run_seed(one, folder, share, training=training, command=command, alone=False)
+        failures += [f"{folder}: {line}" for line in failed]
+    done = f"{len(units) - len(failures)} of {len(units)}"
+    print(f"done: {done}, of {len(shards.units_of(plan))} of all jobs; then --mode=merge")
     return failures
 
 
@@ -189,13 +230,16 @@ def run(
 ) -> list[str]:
     """Runs the config, or each of `config.variants` in a folder of its own and then their table.
 
-    The table is written after every variant: of those that this command is done with.
+    The table is written after every variant: of those that this command is done with. With
+    `config.shard` only a share of all this, see `run_shard`.
     Returns a line for each category that failed.
     """
     for name in splits:
         options.of_category(config, name)  # refuses what cannot work, before the first is trained
     variants = options.of_variants(config, splits)
     options.use_compilation_cache(config.compilation_cache)
+    if config.shard:
+        return run_shard(config, workdir, splits, training=training, command=command)
     if not variants:
         return run_seeds(config, workdir, splits, training=training, command=command)
     failures, done = [], []
@@ -204,8 +248,7 @@ def run(
         failed = run_seeds(variant, workdir / name, splits, training=training, command=command)
         failures += [f"{name}: {line}" for line in failed]
         done.append(name)
-        table = ablation.tabulate(workdir, done, list(splits), config.seeds)
-        table |= {"image_size": list(config.image_size), "command": command, "failures": failures}
-        ablation.write(table, workdir)
+        plan = shards.plan_of(config, list(splits), command) | {"variants": done}
+        table = shards.write_table(workdir, plan, failures)
     print(f"{ablation.as_markdown(table)}\nthe table: {workdir}/ablation.md")
     return failures

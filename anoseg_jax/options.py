@@ -12,7 +12,8 @@ from anoseg_jax import UsageError, defects, losses, models
 
 # What all variants of a run share.
 OF_THE_COMMAND = (
-    "dataset data_dir tfds_dir categories category_options seed seeds variants compilation_cache"
+    "dataset data_dir tfds_dir categories category_options seed seeds shard variants "
+    "compilation_cache"
 ).split()
 
 
@@ -30,6 +31,7 @@ def check(config: ConfigDict, *, training: bool = False) -> None:
             raise OptionError(f"{where} is of one run: seeds={config.seeds} must be empty")
         if not Path(config.maps_dir).is_dir():
             raise OptionError(f"{where} is no folder; it holds <category>/<defect type>/<stem>.npy")
+    shard_of(config.shard)
     devices = jax.device_count()
     if config.batch_size < 1 or config.batch_size % devices:
         raise OptionError(
@@ -67,6 +69,15 @@ def check(config: ConfigDict, *, training: bool = False) -> None:
         models.check_size(config.image_size, config.model.discriminator_depth)
     except ValueError as error:
         raise OptionError(str(error)) from error
+
+
+def shard_of(shard: str) -> tuple[int, int]:
+    """Returns i and n of "i/n"; 0 and 1, which is all, of "". Raises OptionError."""
+    found = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
+    index, count = map(int, found.groups()) if found else (0, 0)
+    if index >= count:
+        raise OptionError(f"shard={shard!r} must be i/n with i from 0 to n-1, for example '0/4'")
+    return index, count
 
 
 def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:

@@ -34,7 +34,7 @@ from anoseg_jax.train_state import Optimizers, TrainState
 # A resumed run may have other values of these and still be the same run.
 MAY_CHANGE = (
     "num_steps log_every checkpoint_every resume dataset data_dir tfds_dir categories "
-    "category_options variants evaluate detector maps_dir compilation_cache"
+    "category_options shard variants evaluate detector maps_dir compilation_cache"
 ).split()
 
 

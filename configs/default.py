@@ -30,6 +30,9 @@ def get_config() -> ConfigDict:
     config.seed = 0
     # Several seeds, for example (0, 1, 2): each in a folder of its own, then mean and spread.
     config.seeds = ()
+    # "i/n": this job's share of all categories, seeds and variants, i from 0 to n-1, all jobs with
+    # the same --workdir; --mode=merge then puts their results together. "" is all of them.
+    config.shard = ""
     # Of all devices together; must be a multiple of their number.
     config.batch_size = 16
     config.num_steps = 20_000

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Each module may import those after it; the leaves import none of them.
 ORDER = (
-    *("experiment", "ablation", "report", "compare", "pictures", "evaluate"),
+    *("experiment", "shards", "ablation", "report", "compare", "pictures", "evaluate"),
     *("detector", "train", "options", "predict", "train_state", "train_log"),
 )
 LEAVES = (

@@ -260,6 +260,7 @@ def test_check_reports_without_training(data_dir):
         ([], "error: needs --config=FILE"),
         (["--config=configs/test.py"], "needs --workdir=DIR"),
         (["--mode=report", "--workdir=/none"], "/none"),
+        (["--mode=merge", "--workdir=/none"], "/none has no run.json: no job with"),
         (["--mode=compare", "--workdir=w", "/none", "/none2"], "/none"),
         (["--config=configs/none.py", "--workdir=w"], "configs/none.py"),
         (["--config=configs/test.py", "--workdir=w", "--config.foo=1"], "no option 'foo'"),

@@ -45,6 +45,8 @@ def test_options_of_a_category_stand_in_for_those_of_the_run():
         ({"batch_size": 6}, r"batch_size=6 .*4 devices.*example 4"),
         ({"batch_size": 0}, r"batch_size=0 .*example 4"),
         ({"num_steps": 0}, "num_steps=0"),
+        ({"shard": "4/4"}, "shard='4/4' must be i/n with i from 0 to n-1"),
+        ({"shard": "1"}, "shard='1' must be i/n"),
         ({"log_every": 0}, "log_every=0"),
         ({"held_out": 1.0}, "held_out=1.0 must be from 0 to less than 1"),
         ({"image_size": (30, 32)}, r"30x32.*model.depth=2.*multiples of 4"),

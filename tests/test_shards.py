@@ -1,0 +1,101 @@
+"""Runs spread over jobs: each does its own part, and merged they are what one job would write."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from anoseg_jax import evaluate, experiment, shards
+from configs import test as test_config
+
+SPLITS = dict.fromkeys(("screw", "tile", "wood"), (None, None))
+
+
+def results_of(config, folder, splits, *, training):
+    """Stands in for run_category: every metric is of the options and the category."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if training and (folder / "broken").exists():
+        raise FileNotFoundError("broken")
+    value = 0.1 * config.seed + 0.5 * config.model.coords + 0.01 * len(config.categories[0])
+    metrics = dict.fromkeys(evaluate.METRICS, value)
+    return metrics | {"not_available": {}, "steps": config.num_steps, "train_seconds": 1.0}
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs all of a config, or a shard of it; with seeds there are variants, too."""
+    monkeypatch.setattr(experiment, "run_category", results_of)
+
+    def run(workdir, shard="", **changes):
+        config = test_config.get_config()
+        config.update({"seeds": (1, 2), "shard": shard, **changes})
+        if config.seeds:
+            config.variants.without = {"model": {"coords": False}}
+            config.variants.coordinates = {"model": {"coords": True}}
+        command = "python launch.py --config=c" + f" --config.shard={shard}" * bool(shard)
+        return experiment.run(config, workdir, SPLITS, training=True, command=command)
+
+    return run
+
+
+def files(workdir):
+    """Returns the content of all files by their path."""
+    return {p.relative_to(workdir): p.read_text() for p in workdir.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 12, 40])
+def test_every_unit_is_in_one_shard(count):
+    plan = {"variants": ["a", "b"], "seeds": [0, 1], "categories": ["screw", "tile", "wood"]}
+    units = [unit for index in range(count) for unit in shards.units_of(plan, (index, count))]
+    assert len(set(units)) == len(units) == 12
+    assert set(units) == set(shards.units_of(plan))
+    sizes = {len(shards.units_of(plan, (index, count))) for index in range(count)}
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("seeds", [(), (1, 2)])
+def test_merged_jobs_write_what_one_job_writes(run, tmp_path, seeds):
+    assert run(tmp_path / "one", seeds=seeds) == []
+    for index in (4, 0, 2, 1, 3):  # in any order
+        assert run(tmp_path / "many", f"{index}/5", seeds=seeds) == []
+        written = set(files(tmp_path / "many"))
+        assert {path.name for path in written} <= {"results.json", "run.json"}
+        assert all(path.parent.name in SPLITS for path in written - {Path("run.json")})
+    assert shards.merge(tmp_path / "many") == []
+    one, many = files(tmp_path / "one"), files(tmp_path / "many")
+    plan = json.loads(many.pop(Path("run.json")))
+    assert plan["categories"] == list(SPLITS) and plan["command"] == "python launch.py --config=c"
+    assert many == one
+    assert {"results.json", "report.html"} <= {path.name for path in many}
+    assert (Path("ablation.md") in many) == bool(seeds)
+
+
+def test_what_is_missing_and_what_differs_is_named(run, tmp_path):
+    run(tmp_path, "0/2")
+    broken = tmp_path / "without" / "seed_1" / "tile" / "broken"
+    broken.parent.mkdir(parents=True)
+    broken.touch()
+    assert run(tmp_path, "1/2") == [f"{broken.parents[1]}: tile: broken"]
+    why = "has no results.json: its job failed, or is not done"
+    assert shards.merge(tmp_path) == [f"{broken.parent}: {why}"]
+    table = json.loads((tmp_path / "ablation.json").read_text())
+    assert table["failures"] == [f"{broken.parent}: {why}"]
+    results = json.loads((broken.parents[1] / "results.json").read_text())
+    assert list(results["categories"]) == ["screw", "wood"]
+    broken.unlink()
+    run(tmp_path, "1/2", num_steps=7)
+    first, *others = shards.merge(tmp_path)
+    assert f"{broken.parents[1]}: the config_sha256 of its categories differ" in first
+    assert len(others) == 3
+    categories = json.loads((broken.parents[1] / "results.json").read_text())["categories"]
+    assert list(categories) == ["screw", "tile", "wood"]
+
+
+def test_jobs_on_other_machines_are_both_named(tmp_path, monkeypatch):
+    for name, version in (("screw", "3.11"), ("tile", "3.12")):
+        monkeypatch.setattr(evaluate, "versions", lambda v=version: {"python": v, "jax": "0.10"})
+        results = {**dict.fromkeys(evaluate.METRICS, 0.5), "not_available": {}}
+        evaluate.write_category(tmp_path / name, results, config="{}", command="c")
+    evaluate.assemble(tmp_path, ["screw", "tile"])
+    made = json.loads((tmp_path / "results.json").read_text())
+    assert made["versions"] == {"python": "3.11; 3.12", "jax": "0.10"} and made["command"] == "c"
