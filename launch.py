@@ -23,6 +23,10 @@ MODES = {
 config_flags.DEFINE_config_file("config", None, "Options: configs/NAME.py or NAME.py:CATEGORIES.")
 flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs, results and pictures.")
 flags.DEFINE_enum("mode", "train", MODES, "; ".join(f"{k}: {v}" for k, v in MODES.items()))
+flags.DEFINE_bool("distributed", False, "One of several processes that jax finds: Slurm, TPU ...")
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where jax does not find it.")
+flags.DEFINE_integer("num_processes", None, "Processes of the job, with --coordinator.")
+flags.DEFINE_integer("process_id", None, "From 0, with --coordinator.")
 
 
 def run(mode, config, workdir, runs):
@@ -87,12 +91,26 @@ def main(argv):
     except (flags.Error, OSError, TypeError, ValueError) as error:
         lines = str(error).strip().splitlines()  # of a traceback, the last one says what is wrong
         return complain(lines[-1] if "Traceback" in str(error) else " ".join(lines))
-    from anoseg_jax import UsageError
+    from anoseg_jax import UsageError, job
 
     try:
-        return run(FLAGS.mode, FLAGS.config, Path(FLAGS.workdir or "."), runs)
+        if FLAGS.mode in ("train", "evaluate"):
+            at = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+            if FLAGS.distributed or at != (None, None, None):
+                job.start(*at)
+            job.stop_on_signals()
+        code = run(FLAGS.mode, FLAGS.config, Path(FLAGS.workdir or "."), runs)
+    except job.Stopped as stopped:
+        code = complain(stopped, job.STOPPED)
     except UsageError as error:
-        return complain(error)
+        code = complain(error)
+    except OSError as error:
+        code = complain(f"{error}; what was saved stays: the same command goes on from there")
+    except Exception as error:
+        if not job.is_distributed():
+            raise
+        code = complain(job.deserted(error), job.DESERTED)
+    job.leave(code)
 
 
 if __name__ == "__main__":

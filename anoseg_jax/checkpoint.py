@@ -6,9 +6,8 @@ A checkpoint is `<directory>/<step>/` with three items: `state` (arrays), `confi
 
 import contextlib
 import hashlib
+import logging
 import sys
-import threading
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from anoseg_jax import UsageError
+from anoseg_jax import UsageError, first_line
 
 Manager = ocp.CheckpointManager
 
@@ -57,27 +56,25 @@ def open_manager(directory: epath.PathLike, *, create: bool = True) -> Iterator[
             cleanup_tmp_directories=create,
         ),
     )
-    with _without_tracebacks_of_orbax(), manager:
+    with _without_errors_of_orbax(), manager:
         yield manager
         with _writing(directory):
             manager.wait_until_finished()
 
 
 @contextlib.contextmanager
-def _without_tracebacks_of_orbax() -> Iterator[None]:
-    """Keeps quiet what fails in orbax's own threads: it raises that again in ours."""
-    before = threading.excepthook
+def _without_errors_of_orbax() -> Iterator[None]:
+    """Keeps its pages of tracebacks from the log: what it logs as an error, it raises, too."""
 
-    def hook(failed: threading.ExceptHookArgs) -> None:
-        frames = traceback.extract_tb(failed.exc_traceback)
-        if not any("orbax" in frame.filename for frame in frames):
-            before(failed)
+    def passes(line: logging.LogRecord) -> bool:
+        return "orbax" not in line.pathname or line.levelno < logging.WARNING
 
-    threading.excepthook = hook
+    logger = logging.getLogger("absl")
+    logger.addFilter(passes)
     try:
         yield
     finally:
-        threading.excepthook = before
+        logger.removeFilter(passes)
 
 
 @contextlib.contextmanager
@@ -86,11 +83,7 @@ def _writing(where: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise OSError(f"{where}: checkpoint not written: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"{where}: checkpoint not written: {first_line(error)}") from error
 
 
 def save(manager: Manager, state: Any, step: int, *, config: dict, record: dict) -> None:
@@ -138,9 +131,9 @@ def restore(
     for step in sorted(manager.all_steps(), reverse=True):
         folder = epath.Path(manager.directory) / str(step)
         try:
-            config, record = _read_json(manager, step, "config"), _read_json(manager, step, "record")
+            config, record = (_read_json(manager, step, item) for item in ("config", "record"))
         except Exception as error:
-            damaged.append(f"{folder}: {_reason(error)}")
+            damaged.append(f"{folder}: {first_line(error)}")
             continue
         check(config, record)
         try:
@@ -149,7 +142,7 @@ def restore(
             if state_sha256(state) != record["state_sha256"]:
                 raise ValueError("the arrays are not those that were saved")
         except Exception as error:
-            damaged.append(f"{folder}: {_reason(error)}")
+            damaged.append(f"{folder}: {first_line(error)}")
             continue
         for line in damaged:
             print(f"warning: damaged checkpoint {line}; step {step} is used", file=sys.stderr)

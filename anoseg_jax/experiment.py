@@ -1,5 +1,6 @@
 """An experiment: every category of a config trained, evaluated, written; over seeds, variants."""
 
+import hashlib
 import re
 import sys
 from collections.abc import Mapping
@@ -7,14 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from anoseg_jax import (
     ablation,
+    checkpoint,
     detector,
     evaluate,
     input_pipeline,
+    job,
     options,
     peers,
     pictures,
@@ -68,10 +72,10 @@ def run_maps(config: ConfigDict, folder: Path, splits: Splits) -> dict:
             top_fraction=config.evaluate.top_fraction,
             native_masks=masks,
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    evaluate.write_text(folder / "config.json", config.to_json(indent=2) + "\n")
-    evaluate.write_evaluation(folder, evaluation, arrays)
-    pictures.write_pictures(folder / "pictures", evaluation, arrays, config.evaluate.pictures)
+    if job.is_first():
+        evaluate.write_text(folder / "config.json", config.to_json(indent=2) + "\n")
+        evaluate.write_evaluation(folder, evaluation, arrays)
+        pictures.write_pictures(folder / "pictures", evaluation, arrays, config.evaluate.pictures)
     return evaluation.results
 
 
@@ -79,14 +83,19 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
     """Trains (if `training`) and evaluates one category in `folder`; returns its results."""
     if config.maps_dir:
         return run_maps(config, folder, splits)
-    folder.mkdir(parents=True, exist_ok=True)
+    first = job.is_first()
     if training:
         images = input_pipeline.load_arrays(splits[0], config.image_size)["image"]
+        images_sha256 = hashlib.sha256(images.tobytes()).hexdigest()
         images, held_out = input_pipeline.hold_out(
             images, fraction=config.held_out, seed=config.seed
         )
         batches = partial(
-            input_pipeline.train_batches, images, batch_size=config.batch_size, seed=config.seed
+            input_pipeline.train_batches,
+            images,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rows=job.rows(config.batch_size),
         )
         train.fit(
             config,
@@ -94,11 +103,14 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
             folder,
             held_out=held_out,
             remembered=images,
-            writer=train_log.create_writer(folder),
+            images_sha256=images_sha256,
+            writer=train_log.create_writer(folder) if first else None,
         )
+        job.stop_if_asked("after training")
         if config.detector.enabled:
-            writer = train_log.create_writer(folder / "detector")
+            writer = train_log.create_writer(folder / "detector") if first else None
             detector.fit(config, batches, folder, held_out=held_out, writer=writer)
+            job.stop_if_asked("after training the detector")
     predictor = predict.Predictor(
         folder,
         top_fraction=config.evaluate.top_fraction,
@@ -117,6 +129,8 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
         detector=predictor.detector,
         image_score=config.evaluate.image_score,
     )
+    if not first:
+        return evaluation.results
     if config.evaluate.baselines:
         evaluation.results["baselines"] = evaluate.evaluate_baselines(
             trained_on(predictor.config, splits[0]),
@@ -146,26 +160,31 @@ def run_seed(
     failures = []
     for name, of_category in splits.items():
         print(f"== {name}", flush=True)
+        job.stop_if_asked(f"before {name}")
+        own, folder = options.of_category(config, name), workdir / name
         try:
-            results = run_category(
-                options.of_category(config, name), workdir / name, of_category, training=training
-            )
+            with job.lock(folder):
+                results = run_category(own, folder, of_category, training=training)
         except (
+            checkpoint.CheckpointError,
             train.TrainingError,
             predict.DetectorError,
             peers.MapsError,
             FileNotFoundError,
         ) as error:
+            # Of several processes the others may have gone on: only training fails in all alike.
+            if jax.process_count() > 1 and not isinstance(error, train.TrainingError):
+                raise
             failures.append(f"{name}: {error}")
             print(f"error: {failures[-1]}", file=sys.stderr)
             continue
         made = {"config": config.to_json(), "command": command}
-        if alone:
+        if job.is_first() and alone:
             evaluate.write_results(workdir, name, results, **made)
-        else:
-            evaluate.write_category(workdir / name, results, **made)
+        elif job.is_first():
+            evaluate.write_category(folder, results, **made)
         print(evaluate.summary(name, results), flush=True)
-    if alone and len(failures) < len(splits):
+    if job.is_first() and alone and len(failures) < len(splits):
         report.write_run(workdir)
         print(f"results: {workdir}/results.md; pictures and curves: {workdir}/report.html")
     return failures
@@ -195,7 +214,7 @@ def run_seeds(
         one, folder = with_seed(config, seed), shards.folder_of(workdir, seed=seed)
         failed = run_seed(one, folder, splits, training=training, command=command)
         failures += [f"seed {seed}: {line}" for line in failed]
-    if shards.write_mean(workdir, config.seeds):
+    if job.is_first() and shards.write_mean(workdir, config.seeds):
         print(f"mean and spread over seeds: {workdir}/results.md")
     return failures
 
@@ -210,7 +229,8 @@ def run_shard(
     shard = options.shard_of(config.shard)
     command = re.sub(r" --config\.shard[= ]\S+", "", command)
     plan = shards.plan_of(config, list(splits), command)
-    shards.write_plan(workdir, plan, shard)
+    if job.is_first():
+        shards.write_plan(workdir, plan, shard)
     variants = options.of_variants(config, splits) or {"": config}
     failures = []
     units = shards.units_of(plan, shard)
@@ -225,30 +245,49 @@ def run_shard(
     return failures
 
 
-def run(
-    config: ConfigDict, workdir: Path, splits: Mapping[str, Splits], *, training: bool, command: str
+def run_variants(
+    config: ConfigDict,
+    variants: Mapping[str, ConfigDict],
+    workdir: Path,
+    splits: Mapping[str, Splits],
+    *,
+    training: bool,
+    command: str,
 ) -> list[str]:
-    """Runs the config, or each of `config.variants` in a folder of its own and then their table.
+    """Runs each of `variants` (options.of_variants) in a folder of its own, and writes their table.
 
-    The table is written after every variant: of those that this command is done with. With
-    `config.shard` only a share of all this, see `run_shard`.
-    Returns a line for each category that failed.
+    The table is written after every variant: of those that this command is done with. Returns a
+    line for each category that failed.
     """
-    for name in splits:
-        options.of_category(config, name)  # refuses what cannot work, before the first is trained
-    variants = options.of_variants(config, splits)
-    options.use_compilation_cache(config.compilation_cache)
-    if config.shard:
-        return run_shard(config, workdir, splits, training=training, command=command)
-    if not variants:
-        return run_seeds(config, workdir, splits, training=training, command=command)
     failures, done = [], []
     for name, variant in variants.items():
         print(f"====== {name}", flush=True)
         failed = run_seeds(variant, workdir / name, splits, training=training, command=command)
         failures += [f"{name}: {line}" for line in failed]
         done.append(name)
-        plan = shards.plan_of(config, list(splits), command) | {"variants": done}
-        table = shards.write_table(workdir, plan, failures)
-    print(f"{ablation.as_markdown(table)}\nthe table: {workdir}/ablation.md")
+        if job.is_first():
+            plan = shards.plan_of(config, list(splits), command) | {"variants": done}
+            table = shards.write_table(workdir, plan, failures)
+            print(f"{ablation.as_markdown(table)}\nthe table: {workdir}/ablation.md", flush=True)
     return failures
+
+
+def run(
+    config: ConfigDict, workdir: Path, splits: Mapping[str, Splits], *, training: bool, command: str
+) -> list[str]:
+    """Runs the config, its variants, or a share of both, while `workdir` is locked.
+
+    Returns a line for each category that failed. Raises UsageError if another job is at work in
+    `workdir`, and job.Stopped if a signal asks for it.
+    """
+    for name in splits:
+        options.of_category(config, name)  # refuses what cannot work, before the first is trained
+    variants = options.of_variants(config, splits)
+    options.use_compilation_cache(config.compilation_cache)
+    how = {"training": training, "command": command}
+    with job.lock(workdir, shared=bool(config.shard)):
+        if config.shard:
+            return run_shard(config, workdir, splits, **how)
+        if variants:
+            return run_variants(config, variants, workdir, splits, **how)
+        return run_seeds(config, workdir, splits, **how)

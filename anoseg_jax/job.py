@@ -11,14 +11,16 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from anoseg_jax import UsageError
+from anoseg_jax import UsageError, first_line
 
 # Exit codes: stopped by a signal with everything saved (EX_TEMPFAIL: to be tried again); ended
 # because another process of the job did.
@@ -60,13 +62,38 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
             shutdown_timeout_seconds=PATIENCE,
         )
     except (ValueError, RuntimeError) as error:
-        hint = "" if coordinator else "; where jax finds no cluster, give --coordinator=HOST:PORT"
+        hint = "" if coordinator else "; where jax finds no cluster give --coordinator=HOST:PORT"
         raise UsageError(f"the job's processes do not meet: {first_line(error)}{hint}") from error
+    # CPUs connect at the first exchange, for which they wait 30 s: now, as all are there.
+    ones = np.ones(jax.local_device_count())
+    jax.block_until_ready(jax.pmap(lambda x: jax.lax.psum(x, "all"), axis_name="all")(ones))
+    multihost_utils.process_allgather(ones)
 
 
-def first_line(error: BaseException) -> str:
-    """Returns the first line of what an error says, or its name if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def is_distributed() -> bool:
+    """Returns whether `start` has joined this process to others."""
+    return jax.distributed.is_initialized()
+
+
+def deserted(error: Exception) -> str:
+    """Returns what to say of an error that may come from the end of another process of the job."""
+    traceback.print_exception(error)
+    return (
+        f"{first_line(error)}; if another process of this job ended, its own output says why; "
+        "everything up to the last checkpoint is saved: start all processes again"
+    )
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process with an exit code.
+
+    One of several that failed does not wait for the others, as jax does: they would wait for it.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_distributed() and code not in (0, STOPPED):
+        os._exit(code)
+    sys.exit(code)
 
 
 def is_first() -> bool:
@@ -101,7 +128,7 @@ def check_equal(values: Mapping[str, str]) -> None:
 
 def stop_on_signals() -> None:
     """Lets SIGTERM and SIGINT end the job at the next `must_stop`; a second one ends it at once."""
-    several = jax.process_count() > 1
+    several = is_distributed()
 
     def note(number: int, frame: object) -> None:
         del frame
@@ -123,7 +150,7 @@ def must_stop() -> bool:
 
     To be called by all processes equally often: once a step, and between what takes long.
     """
-    if jax.process_count() == 1:
+    if not is_distributed():
         return bool(_signals)
     # A signal reaches each process at another step, or one of them alone: jax's preemption service
     # listens to SIGTERM and names a step that none of them has passed.

@@ -430,7 +430,7 @@ def run_steps(
     *,
     calibrate_fn: Callable[[TrainState], dict[str, Any]],
     first_fn: Callable[[], np.ndarray],
-    panel_fn: Callable[[TrainState, int, np.ndarray], dict[str, np.ndarray]] | None = None,
+    panel_fn: Callable[[TrainState, int], dict[str, np.ndarray]] | None = None,
     writer: Any = None,
 ) -> TrainState:
     """Runs the steps of `parts` until `config.num_steps`, from where the last run stopped.
@@ -442,7 +442,7 @@ def run_steps(
       folder: where checkpoints/, train_log.jsonl, config.json, parameters.txt are written.
       calibrate_fn: returns the thresholds that a checkpoint of this state records.
       first_fn: returns the good images that a fresh state is made of, uint8 [n, h, w, 3].
-      panel_fn: given state, step and images, returns pictures for TensorBoard; None draws none.
+      panel_fn: given state and step, returns pictures for TensorBoard; None draws none.
       writer: see `fit`.
 
     Raises job.Stopped once everything is saved, if a signal has asked for it.
@@ -527,9 +527,9 @@ def run_steps(
                 checkpoint.save(
                     manager, state, step, config=json.loads(config.to_json()), record=record
                 )
+                panels = {} if panel_fn is None else panel_fn(state, step)
                 if writer is not None:
-                    if panel_fn is not None:
-                        writer.write_images(step, panel_fn(state, step, images[:PANEL_ROWS]))
+                    writer.write_images(step, panels)
                     writer.flush()
                 timed_at = time.monotonic()
             if stop:
@@ -587,7 +587,8 @@ def fit(
     )
     draw = jax.jit(parts.draw_examples)
 
-    def draw_panels(state: TrainState, step: int, images: np.ndarray) -> dict[str, np.ndarray]:
+    def draw_panels(state: TrainState, step: int) -> dict[str, np.ndarray]:
+        images = first_images()[:PANEL_ROWS]
         examples = jax.device_get(draw(jax.random.fold_in(parts.draw_key, step), images, 0))
         seen = np.round(255 * examples[1]).astype(np.uint8)
         maps, _, reconstructions = predict_fn(state.ema, seen)
@@ -607,6 +608,7 @@ def fit(
         epath.Path(category_dir),
         first_fn=first_images,
         calibrate_fn=lambda state: calibrate(predict_fn, state.ema, held_out, config),
-        panel_fn=draw_panels,
+        # Of several processes all must predict, though one of them writes.
+        panel_fn=draw_panels if writer is not None or jax.process_count() > 1 else None,
         writer=writer,
     )

@@ -1,0 +1,157 @@
+"""Checkpoints: what is damaged is found, named and passed over; what was saved stays."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from anoseg_jax import checkpoint
+from anoseg_jax.train_state import TrainState
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def make_state(step):
+    params = {"kernel": jnp.full((64, 64), float(step)) + jnp.arange(64.0), "bias": jnp.zeros(3)}
+    return TrainState(
+        step=jnp.int32(step),
+        generator=params,
+        discriminator={"w": jnp.ones(2)},
+        generator_opt=optax.adam(1e-3).init(params),
+        discriminator_opt=(),
+        ema=params,
+    )
+
+
+@pytest.fixture
+def directory(tmp_path):
+    with checkpoint.open_manager(tmp_path / "checkpoints") as manager:
+        for step in (2, 4):
+            checkpoint.save(manager, make_state(step), step, config={"a": 1}, record={"b": step})
+    return tmp_path / "checkpoints"
+
+
+def largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def truncate_arrays(folder):
+    path = largest_file(folder)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(folder):
+    path = largest_file(folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove_item(item):
+    def remove(folder):
+        for path in sorted((folder / item).rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        (folder / item).rmdir()
+
+    return remove
+
+
+def lose_an_array(folder):
+    """As a file system does that loses what is in a file but not the file: its hash tells."""
+    record = folder / "record" / "metadata"
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps(content | {"state_sha256": "0" * 64}))
+
+
+FAULTS = {
+    "truncated arrays": truncate_arrays,
+    "a flipped bit": flip_a_bit,
+    "no state": remove_item("state"),
+    "no record": remove_item("record"),
+    "no config": remove_item("config"),
+    "other arrays": lose_an_array,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(
+    directory, fault, capsys
+):
+    FAULTS[fault](directory / "4")
+    saved = checkpoint.restore_newest(directory)
+    assert saved.step == 2 and saved.record["b"] == 2
+    np.testing.assert_array_equal(saved.state["ema"]["kernel"], make_state(2).ema["kernel"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: damaged checkpoint {directory / '4'}: ")
+    assert line.endswith("; step 2 is used")
+
+
+def test_the_steps_of_a_damaged_checkpoint_come_again_and_it_is_kept_aside(directory):
+    truncate_arrays(directory / "4")
+    with checkpoint.open_manager(directory) as manager:
+        saved = checkpoint.restore(manager, template=make_state(0))
+        checkpoint.set_aside(manager, saved.step)
+        checkpoint.save(manager, make_state(4), 4, config={}, record={})
+    assert checkpoint.restore_newest(directory).step == 4
+    assert (directory.parent / "damaged_4" / "state").exists()
+
+
+def test_if_none_is_whole_training_does_not_start_anew_unasked(directory):
+    for step in ("2", "4"):
+        truncate_arrays(directory / step)
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        checkpoint.restore_newest(directory)
+    assert "\n" not in str(caught.value)
+    assert all(str(directory / step) in str(caught.value) for step in ("2", "4"))
+    assert f"to start anew remove {directory}" in str(caught.value)
+
+
+def test_a_state_is_restored_as_it_was_with_and_without_a_template(directory):
+    with checkpoint.open_manager(directory, create=False) as manager:
+        saved = checkpoint.restore(manager, template=make_state(0))
+    assert isinstance(saved.state, TrainState) and saved.state.step == 4
+    assert checkpoint.state_sha256(saved.state) == checkpoint.state_sha256(make_state(4))
+    assert (
+        checkpoint.state_sha256(checkpoint.restore_newest(directory).state)
+        == (saved.record["state_sha256"])
+    )
+
+
+def test_what_a_kill_left_half_written_is_no_checkpoint_and_goes(directory):
+    (directory / "4").rename(directory / "6.orbax-checkpoint-tmp")
+    with checkpoint.open_manager(directory) as manager:
+        assert checkpoint.restore(manager).step == 2
+    assert {path.name for path in directory.iterdir()} == {"2"}
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(directory):
+    """The disk stands for a limit on the size of files, which needs no privileges."""
+    program = """
+import resource, sys
+import numpy as np
+from anoseg_jax import checkpoint
+try:
+    with checkpoint.open_manager(sys.argv[1]) as manager:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        state = {"a": np.random.default_rng(0).random((300, 300))}
+        checkpoint.save(manager, state, 6, config={}, record={})
+except OSError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(directory)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"{directory}") and ": checkpoint not written: " in line
+    assert "File too large" in line
+    assert "Traceback" not in done.stderr
+    assert checkpoint.restore_newest(directory).step == 4

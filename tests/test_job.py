@@ -1,0 +1,77 @@
+"""The job: its lock, its signals, and what its processes share. The command: test_launch.py."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from anoseg_jax import UsageError, input_pipeline, job
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_folder_is_one_jobs_at_a_time(tmp_path):
+    folder = tmp_path / "w"
+    with job.lock(folder):
+        for shared in (False, True):
+            with pytest.raises(UsageError, match=rf"{folder} is in use by process \d+ on ") as told:
+                with job.lock(folder, shared=shared):
+                    pass
+            assert "take another --workdir" in str(told.value)
+    with job.lock(folder, shared=True), job.lock(folder, shared=True):
+        with pytest.raises(UsageError, match="is in use by process"), job.lock(folder):
+            pass
+    with job.lock(folder):
+        pass
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_processes_shares_of_a_batch_are_disjoint_and_complete(monkeypatch, processes):
+    order = input_pipeline.batch_order(count=10, batch_size=8, seed=3, step=5)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    shares = []
+    for index in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        shares.append(order[job.rows(8)].tolist())
+    assert {len(share) for share in shares} == {8 // processes}
+    assert sum(shares, []) == order.tolist()
+
+
+def test_the_flags_of_several_processes_need_each_other():
+    with pytest.raises(UsageError, match="--coordinator, --num_processes and --process_id need"):
+        job.start("localhost:1234", 2, None)
+
+
+def test_where_jax_finds_no_cluster_the_message_says_what_to_give():
+    program = """
+from anoseg_jax import UsageError, job
+try:
+    job.start(None, None, None)
+except UsageError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "processes do not meet" in done.stdout and "--coordinator=HOST:PORT" in done.stdout
+
+
+PROGRAM = """
+import itertools, json, sys
+import numpy as np
+from anoseg_jax import job, options, train
+from configs import test
+
+config = test.get_config("bolt")
+config.update_from_flattened_dict(json.loads(sys.argv[2]))
+options.check(config)
+images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
+
+def batches(start):
+    for step in itertools.count(start):
+        yield np.roll(images, step, axis=0)[:8]
+
+train.fit(config, batches, sys.argv[1], remembered=images)
+"""
