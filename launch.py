@@ -3,9 +3,9 @@
 import os
 import shlex
 import sys
-from pathlib import Path
 
 from absl import app, flags
+from etils.epath import Path
 from ml_collections import config_flags
 
 # TensorFlow only reads data here: without its greetings, and its oneDNN is not needed.

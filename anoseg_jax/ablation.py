@@ -7,12 +7,12 @@ seed, `W/<variant>/seed_<s>/results.json`. Nothing else is read. All metrics are
 import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils.epath import Path
 
-from anoseg_jax import compare, evaluate
+from anoseg_jax import compare, evaluate, files
 
 # The columns.
 METRICS = {
@@ -218,5 +218,5 @@ def _notes(blocks: Sequence[tuple[str, dict[str, dict]]], variants: Sequence[str
 def write(table: dict[str, Any], workdir: str | Path) -> None:
     """Writes ablation.json and ablation.md, each whole or not at all."""
     text = json.dumps(table, indent=2, allow_nan=False) + "\n"
-    evaluate.write_text(Path(workdir) / "ablation.json", text)
-    evaluate.write_text(Path(workdir) / "ablation.md", as_markdown(table))
+    files.write_text(Path(workdir) / "ablation.json", text)
+    files.write_text(Path(workdir) / "ablation.md", as_markdown(table))

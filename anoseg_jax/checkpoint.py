@@ -48,7 +48,8 @@ def open_manager(directory: epath.PathLike, *, create: bool = True) -> Iterator[
     if not create and not directory.exists():
         raise FileNotFoundError(f"no checkpoint in {directory}: train there first")
     manager = Manager(
-        directory.resolve(),
+        # What `resolve` makes of gs://bucket is a local path.
+        directory if directory.is_absolute() else directory.resolve(),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(2),
             create=create,

@@ -8,18 +8,19 @@ needs neither jax nor a checkpoint.
 
 import csv
 import hashlib
+import io
 import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+from etils.epath import Path
 from scipy import ndimage
 
-from anoseg_jax import UsageError, metrics
+from anoseg_jax import UsageError, files, metrics
 
 CONFIDENCE = 0.95
 # Where the files of the images put a metric farther than this from results.json, they are too
@@ -169,7 +170,8 @@ class Run:
 def open_run(workdir: str | Path, name: str) -> Run:
     """Reads results.json of a workdir, or of each `seed_<s>/` in it; CompareError without one."""
     workdir = Path(workdir)
-    seeds = [path.name.removeprefix("seed_") for path in workdir.glob("seed_*") if path.is_dir()]
+    there = workdir.iterdir() if workdir.is_dir() else ()
+    seeds = [path.name[5:] for path in there if path.name.startswith("seed_") and path.is_dir()]
     # By number, then by name.
     seeds = sorted(seeds, key=lambda s: (not s.isdigit(), int(s) if s.isdigit() else 0, s)) or [""]
     results = []
@@ -238,9 +240,8 @@ def histograms(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
 def read_images(folder: Path) -> Images:
     """Reads images.csv and evaluation.npz of `W/<category>`; CompareError if these do not serve."""
     try:
-        with (folder / "images.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        with np.load(folder / "evaluation.npz") as arrays:
+        rows = list(csv.DictReader(io.StringIO((folder / "images.csv").read_text())))
+        with np.load(io.BytesIO((folder / "evaluation.npz").read_bytes())) as arrays:
             maps, masks = arrays["map"], arrays["mask"]
         if not len(rows) == len(maps) == len(masks):
             raise ValueError(f"{len(rows)} lines, {len(maps)} maps and {len(masks)} masks")
@@ -258,8 +259,9 @@ def read_images(folder: Path) -> Images:
             masks_sha256=hashlib.sha256(np.packbits(masks).tobytes()).hexdigest(),
             histograms=counts,
         )
-    except FileNotFoundError as error:
-        raise CompareError(f"there is no {error.filename}") from None
+    except FileNotFoundError:
+        name = "evaluation.npz" if (folder / "images.csv").exists() else "images.csv"
+        raise CompareError(f"there is no {folder / name}") from None
     except _UNREADABLE as error:
         what = f"{type(error).__name__} {error}"
         raise CompareError(f"images.csv and evaluation.npz of {folder}: {what}") from None
@@ -725,11 +727,6 @@ def write(comparison: dict[str, Any], folder: str | Path) -> None:
     """Writes comparison.json and comparison.md into a folder, each whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "comparison.json": json.dumps(comparison, indent=2, allow_nan=False) + "\n",
-        "comparison.md": as_markdown(comparison),
-    }
-    for name, text in texts.items():
-        temporary = folder / f"{name}.tmp"
-        temporary.write_text(text)
-        temporary.replace(folder / name)
+    text = json.dumps(comparison, indent=2, allow_nan=False) + "\n"
+    files.write_text(folder / "comparison.json", text)
+    files.write_text(folder / "comparison.md", as_markdown(comparison))

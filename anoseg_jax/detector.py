@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils.epath import Path
 from jax import Array
 from ml_collections import ConfigDict
 

@@ -8,16 +8,17 @@ import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils.epath import Path
 from PIL import Image
 
 from anoseg_jax import baselines, metrics, predict
 from anoseg_jax.checkpoint import params_sha256
+from anoseg_jax.files import write_bytes, write_text
 from anoseg_jax.predict import DetectorPredictor, Predictor
 
 # The columns of results.md and what their mean is taken of.
@@ -482,13 +483,6 @@ def summary(category: str, results: dict[str, Any]) -> str:
     return f"{category}: {values}"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it: it is whole or it is not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def read_results(folder: Path) -> dict[str, Any]:
     """Returns the content of results.json of a workdir or of a category folder."""
     return json.loads((folder / "results.json").read_text())
@@ -573,6 +567,6 @@ def write_evaluation(folder: Path, evaluation: Evaluation, arrays: dict[str, np.
     writer.writerows(evaluation.images)
     write_text(folder / "images.csv", table.getvalue())
     write_text(folder / "curves.json", json.dumps(evaluation.curves))
-    temporary = folder / "evaluation.tmp.npz"
-    np.savez_compressed(temporary, image=arrays["image"], mask=arrays["mask"], map=evaluation.maps)
-    temporary.replace(folder / "evaluation.npz")
+    packed = io.BytesIO()
+    np.savez_compressed(packed, image=arrays["image"], mask=arrays["mask"], map=evaluation.maps)
+    write_bytes(folder / "evaluation.npz", packed.getvalue())

@@ -5,11 +5,11 @@ import re
 import sys
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils.epath import Path
 from ml_collections import ConfigDict
 
 from anoseg_jax import (

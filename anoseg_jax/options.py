@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils.epath import Path
 from ml_collections import ConfigDict
 
 from anoseg_jax import UsageError, defects, losses, models

@@ -8,12 +8,13 @@ range, higher = more anomalous; "good" is a defect type, too.
 """
 
 import csv
+import io
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
+from etils.epath import Path
 from PIL import Image
 
 from anoseg_jax import UsageError
@@ -40,7 +41,8 @@ def find_maps(folder: Path, names: Sequence[str]) -> list[Path]:
     if not folder.is_dir():
         raise MapsError(f"{folder}: there is no such folder; maps_dir has one a category")
     there: dict[tuple[str, str], list[Path]] = {}
-    for path in sorted(folder.glob("*/*")):
+    of_types = [of_type for of_type in folder.iterdir() if of_type.is_dir()]
+    for path in sorted(path for of_type in of_types for path in of_type.iterdir()):
         if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
             there.setdefault(_key(path), []).append(path)
     wanted = [_key(Path(name)) for name in names]
@@ -68,9 +70,9 @@ def read_map(path: Path) -> np.ndarray:
     """Reads a map, float32 [h, w]; MapsError if it is none or has values that are not finite."""
     try:
         if path.suffix.lower() == ".npy":
-            values = np.load(path, allow_pickle=False)
+            values = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
         else:
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(path.read_bytes())) as image:
                 if getattr(image, "n_frames", 1) > 1:
                     raise ValueError(f"it has {image.n_frames} pages")
                 values = np.asarray(image)
@@ -107,11 +109,10 @@ def read_scores(folder: Path, names: Sequence[str]) -> np.ndarray | None:
     path = folder / "scores.csv"
     if not path.exists():
         return None
-    with path.open(newline="", encoding="utf-8-sig") as table:
-        reader = csv.DictReader(table)
-        if not {"name", "score"} <= set(reader.fieldnames or ()):
-            raise MapsError(f"{path}: needs the columns name,score; has {reader.fieldnames}")
-        rows = [(unicodedata.normalize("NFC", row["name"] or ""), row["score"]) for row in reader]
+    reader = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
+    if not {"name", "score"} <= set(reader.fieldnames or ()):
+        raise MapsError(f"{path}: needs the columns name,score; has {reader.fieldnames}")
+    rows = [(unicodedata.normalize("NFC", row["name"] or ""), row["score"]) for row in reader]
     scores = {}
     for name, text in rows:
         try:

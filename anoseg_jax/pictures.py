@@ -1,11 +1,11 @@
 """Pictures of what a model found, missed and mistook."""
 
-import shutil
-from pathlib import Path
+import io
 from typing import Any
 
 import matplotlib
 import numpy as np
+from etils.epath import Path
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
@@ -88,7 +88,7 @@ def choose(evaluation: Evaluation, count: int) -> dict[str, list[int]]:
 
 
 def write_pictures(
-    folder: Path, evaluation: Evaluation, arrays: dict[str, np.ndarray], count: int
+    folder: str | Path, evaluation: Evaluation, arrays: dict[str, np.ndarray], count: int
 ) -> None:
     """Draws the chosen images of an evaluation into `folder`, replacing what was there.
 
@@ -98,8 +98,9 @@ def write_pictures(
       arrays: `image` uint8 [n, h, w, 3] and `mask` bool [n, h, w].
       count: largest number of each kind.
     """
+    folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.rmtree(missing_ok=True)
     temporary.mkdir(parents=True)
     threshold = evaluation.results["iou_threshold"]
     scale = evaluation.results.get("map_scale")
@@ -115,8 +116,10 @@ def write_pictures(
                 f"{kind}: {row['name']}   score {row['score']:.3f}   IoU {_number(row['iou'])}",
             )
             stem = "_".join(Path(row["name"]).with_suffix("").parts[-2:])
-            picture.save(temporary / f"{kind}_{rank:02d}_{stem}.png")
-    shutil.rmtree(folder, ignore_errors=True)
+            png = io.BytesIO()
+            picture.save(png, "PNG")
+            (temporary / f"{kind}_{rank:02d}_{stem}.png").write_bytes(png.getvalue())
+    folder.rmtree(missing_ok=True)
     temporary.rename(folder)
 
 

@@ -15,12 +15,12 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import matplotlib.style
 import numpy as np
+from etils.epath import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -29,6 +29,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from anoseg_jax import UsageError
 from anoseg_jax.evaluate import METRICS, as_shown, image_iou
+from anoseg_jax.files import write_text
 from anoseg_jax.metrics import GOOD
 from anoseg_jax.pictures import COLOURS, FOUND, TRUTH, outline
 
@@ -127,7 +128,7 @@ def read_results(workdir: Path) -> dict[str, Any]:
     """Reads `workdir`/results.json; ReportError if it is not one."""
     path = workdir / "results.json"
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(path.read_text())
     except FileNotFoundError:
         raise ReportError(
             f"{path}: there is no such file; --mode=train or evaluate writes it"
@@ -151,34 +152,33 @@ def read_optional(path: Path, parse: Callable[[Path], Any]) -> tuple[Any, str]:
 
 def parse_json(path: Path) -> Any:
     """Returns the content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text())
 
 
 def parse_log(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of train_log.jsonl but for a last one that a kill cut short."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text().splitlines()
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def parse_images(path: Path) -> list[dict[str, Any]]:
     """Returns the rows of images.csv with their types; see evaluate.write_evaluation."""
-    with path.open(newline="", encoding="utf-8") as table:
-        return [
-            {
-                "name": row["name"],
-                "defect_type": row["defect_type"],
-                "label": int(row["label"]),
-                "score": float(row["score"]),
-                "has_mask": row["has_mask"] == "True",
-                "iou": float(row["iou"]) if row["iou"] else None,
-            }
-            for row in csv.DictReader(table)
-        ]
+    return [
+        {
+            "name": row["name"],
+            "defect_type": row["defect_type"],
+            "label": int(row["label"]),
+            "score": float(row["score"]),
+            "has_mask": row["has_mask"] == "True",
+            "iou": float(row["iou"]) if row["iou"] else None,
+        }
+        for row in csv.DictReader(io.StringIO(path.read_text()))
+    ]
 
 
 def parse_arrays(path: Path) -> dict[str, np.ndarray]:
     """Returns `image`, `mask` and `map` of evaluation.npz."""
-    with np.load(path) as arrays:
+    with np.load(io.BytesIO(path.read_bytes())) as arrays:
         return {name: arrays[name] for name in ("image", "mask", "map")}
 
 
@@ -757,14 +757,6 @@ def render(**values: Any) -> str:
     )
 
 
-def write_page(path: Path, page: str) -> None:
-    """Writes a page under a temporary name and renames it: it is whole or it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
-
-
 def write_category(workdir: Path, category: str) -> None:
     """Writes `workdir`/<category>/report.html from the files of that category.
 
@@ -779,7 +771,8 @@ def write_category(workdir: Path, category: str) -> None:
             f"{workdir / 'results.json'} has no category {category!r}; there are: {there}"
         )
     page = category_page(workdir, results, category, results.get("command"))
-    write_page(workdir / category / "report.html", page)
+    (workdir / category).mkdir(exist_ok=True)
+    write_text(workdir / category / "report.html", page)
 
 
 def write_run(workdir: Path, command: str | None = None) -> None:
@@ -797,8 +790,9 @@ def write_run(workdir: Path, command: str | None = None) -> None:
     command = command or results.get("command")
     for category in results["categories"]:
         page = category_page(workdir, results, category, command)
-        write_page(workdir / category / "report.html", page)
-    write_page(workdir / "report.html", run_page(workdir, results, command))
+        (workdir / category).mkdir(exist_ok=True)
+        write_text(workdir / category / "report.html", page)
+    write_text(workdir / "report.html", run_page(workdir, results, command))
 
 
 def _is_scalar(value: Any) -> bool:

@@ -7,9 +7,9 @@ leaves the same `W/run.json`: what the whole is made of. All is read from files.
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from etils.epath import Path
 from ml_collections import ConfigDict
 
 from anoseg_jax import UsageError, ablation, compare, evaluate, report

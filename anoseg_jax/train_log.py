@@ -5,10 +5,12 @@ and gradient norms; `learning_rate` of the step; `images_per_second`.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
+from etils.epath import Path
 from tqdm import tqdm
+
+from anoseg_jax import files
 
 LOSSES = ("loss_segmentation", "loss_adversarial", "loss_reconstruction", "loss_discriminator")
 
@@ -26,19 +28,17 @@ def keep_until(path: Path, step: int) -> None:
         return
     lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
     kept = [line for line in lines if json.loads(line)["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(path)
+    files.write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def write_line(path: Path, line: dict[str, Any], bar: tqdm, num_steps: int) -> None:
-    """Appends the line to the log and shows it: on the bar, or as text where there is no terminal.
+    """Adds the line to the log and shows it: on the bar, or as text where there is no terminal.
 
     Losses that are switched off are null.
     """
     complete = {"step": line["step"]} | dict.fromkeys((*LOSSES, "images_per_second")) | line
-    with path.open("a") as log:
-        log.write(json.dumps(complete) + "\n")
+    before = path.read_text() if path.exists() else ""
+    files.write_text(path, before + json.dumps(complete) + "\n")
     terms = {name.removeprefix("loss_")[:3]: line[name] for name in LOSSES if name in line}
     shown = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
     if not bar.disable:

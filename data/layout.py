@@ -11,12 +11,13 @@ Images are uint8 RGB `[h, w, 3]`, masks bool `[h, w]` with True where the part i
 import collections
 import concurrent.futures
 import dataclasses
+import io
 import os
 import statistics
 import unicodedata
-from pathlib import Path
 
 import numpy as np
+from etils.epath import Path
 from PIL import Image, ImageOps
 
 from anoseg_jax import UsageError
@@ -153,8 +154,10 @@ def load(example: Example) -> dict:
 
 def _open(path: Path) -> Image.Image:
     """Returns the decoded image, upright."""
+    data = None
     try:
-        with Image.open(path) as image:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError
@@ -168,22 +171,20 @@ def _open(path: Path) -> Image.Image:
         ) from error
     # A damaged file makes a decoder raise nearly anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
-        raise LayoutError(f"{path}: {_why_unreadable(path, error)}") from error
+        raise LayoutError(f"{path}: {_why_unreadable(data, error)}") from error
 
 
-def _why_unreadable(path: Path, error: Exception) -> str:
-    try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-    except OSError as os_error:
-        return f"cannot be opened ({os_error.strerror}): restore it or remove it"
-    if not head:
+def _why_unreadable(data: bytes | None, error: Exception) -> str:
+    why = " ".join(str(error).split()) or type(error).__name__
+    if data is None:
+        why = getattr(error, "strerror", None) or why
+        return f"cannot be opened ({why}): restore it or remove it"
+    if not data:
         return "is empty (0 bytes): copy it again or remove it"
-    if head.startswith(b"version https://git-lfs"):
+    if data.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not an image: run `git lfs pull`"
     if isinstance(error, Image.UnidentifiedImageError):
         return "is not an image in a format that pillow reads: convert it or remove it"
-    why = " ".join(str(error).split()) or type(error).__name__
     return f"is damaged or cut short ({why}): copy it again or remove it"
 
 
@@ -399,13 +400,14 @@ def _good_folder(split_dir: Path) -> Path:
     return spelled[0] if spelled else split_dir / GOOD
 
 
-def _walk(root: Path) -> list[Path]:
-    """All files below `root`, without the hidden ones and those in hidden folders."""
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-    return files
+def _walk(folder: Path) -> list[Path]:
+    """All files below `folder`, without the hidden ones and those in hidden folders."""
+    # By itself: what epath's `walk` yields of gs:// lacks the gs:// with some of its backends.
+    files, below = [], []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not path.name.startswith("."):
+            (below if path.is_dir() else files).append(path)
+    return files + [file for inner in below for file in _walk(inner)]
 
 
 def _by_folder(paths) -> list[tuple[Path, list[Path]]]:

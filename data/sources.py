@@ -1,10 +1,10 @@
 """Opens what `config.dataset` names: folders of images, or a TFDS builder of this package."""
 
 import importlib
-from pathlib import Path
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from etils.epath import Path
 
 from anoseg_jax import input_pipeline
 from data import layout

@@ -13,7 +13,7 @@ ORDER = (
 )
 LEAVES = (
     *("models", "augment", "defects", "losses", "metrics", "checkpoint", "input_pipeline"),
-    *("baselines", "peers"),
+    *("baselines", "peers", "files"),
 )
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorboard"}
 CLU_WITH_TENSORFLOW = {"clu.metric_writers", "clu.periodic_actions"}

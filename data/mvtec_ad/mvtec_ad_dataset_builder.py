@@ -56,7 +56,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
-        root = Path(dl_manager.manual_dir)
+        root = dl_manager.manual_dir
         for name in ("mvtec_anomaly_detection", "mvtec_ad"):
             if (root / name).is_dir():
                 root = root / name
