@@ -31,20 +31,21 @@ def loss_fn(
     detector: nn.Module,
     discriminator: nn.Module,
     loss: Mapping[str, Any],
+    remat: bool = False,
 ) -> tuple[tuple[Array, Array], dict[str, Array]]:
     """Returns the losses of the detector and of its discriminator, and each term by name.
 
-    `loss` is `config.loss`, with the weights of the detector. Real pairs are the observed ones: a
-    good image and what the generator says of it.
+    `loss` is `config.loss`, with the weights of the detector; `remat`: see `models.applied`. Real
+    pairs are the observed ones: a good image and what the generator says of it.
     """
-    pair = detector.apply({"params": detector_params}, images, maps)
+    pair = models.applied(detector, remat=remat)(detector_params, images, maps)
     reconstruction = jnp.mean(jnp.abs(pair[0] - images)) + jnp.mean(jnp.abs(pair[1] - maps))
     terms = {"loss_reconstruction": reconstruction}
     total = loss["reconstruction_weight"] * reconstruction
     discriminator_total = jnp.zeros(())
     if loss["adversarial_weight"]:
         detector_side, discriminator_side = losses.ADVERSARIAL[loss["adversarial"]]
-        judge = partial(discriminator.apply, {"params": discriminator_params})
+        judge = partial(models.applied(discriminator, remat=remat), discriminator_params)
         fake_logits = judge(*pair)
         terms["loss_adversarial"] = detector_side(fake_logits=fake_logits)
         total += loss["adversarial_weight"] * terms["loss_adversarial"]
@@ -68,6 +69,8 @@ def train_step(
     augment_fn: Callable,
     loss: Mapping[str, Any],
     ema_decay: float,
+    accumulate: int = 1,
+    remat: bool = False,
     axis_name: str | None = "batch",
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of the detector and its discriminator on good images; pure.
@@ -83,16 +86,14 @@ def train_step(
         defect_fn=without_defect,
     )
     logits, _ = generator.apply({"params": generator_params}, good)
-    players_loss = partial(
-        loss_fn,
-        images=good,
-        maps=jax.lax.stop_gradient(nn.sigmoid(logits)),
-        detector=detector,
-        discriminator=discriminator,
-        loss=loss,
-    )
     return train.update_players(
-        state, players_loss, optimizers=optimizers, ema_decay=ema_decay, axis_name=axis_name
+        state,
+        partial(loss_fn, detector=detector, discriminator=discriminator, loss=loss, remat=remat),
+        (good, jax.lax.stop_gradient(nn.sigmoid(logits))),
+        optimizers=optimizers,
+        ema_decay=ema_decay,
+        accumulate=accumulate,
+        axis_name=axis_name,
     )
 
 
@@ -136,6 +137,8 @@ def create_parts(config: ConfigDict, generator_params: Any) -> train.Parts:
             augment_fn=augment_fn,
             loss=own.loss,
             ema_decay=config.ema_decay,
+            accumulate=config.accumulate,
+            remat=config.remat,
         ),
         create_state=lambda images: train_state.create_state(
             seed_key,

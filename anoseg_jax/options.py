@@ -33,13 +33,15 @@ def check(config: ConfigDict, *, training: bool = False) -> None:
             raise OptionError(f"{where} is no folder; it holds <category>/<defect type>/<stem>.npy")
     shard_of(config.shard)
     devices = jax.device_count()
-    if config.batch_size < 1 or config.batch_size % devices:
+    parts = devices * max(1, config.accumulate)
+    if config.batch_size < 1 or config.batch_size % parts:
+        times = f", times accumulate={config.accumulate}" if config.accumulate > 1 else ""
         raise OptionError(
-            f"batch_size={config.batch_size} must be a multiple of the {devices} devices, for "
-            f"example {max(1, config.batch_size // devices) * devices}"
+            f"batch_size={config.batch_size} must be a multiple of the {devices} devices{times}, "
+            f"for example {max(1, config.batch_size // parts) * parts}"
         )
     for key, value in (
-        *((key, config[key]) for key in ("num_steps", "log_every", "checkpoint_every")),
+        *((key, config[key]) for key in "accumulate num_steps log_every checkpoint_every".split()),
         ("detector.num_steps", config.detector.num_steps),
     ):
         if value < 1:

@@ -33,8 +33,8 @@ from anoseg_jax.train_state import Optimizers, TrainState
 
 # A resumed run may have other values of these and still be the same run.
 MAY_CHANGE = (
-    "num_steps log_every checkpoint_every resume dataset data_dir tfds_dir categories "
-    "category_options shard variants evaluate detector maps_dir compilation_cache"
+    "num_steps log_every checkpoint_every accumulate remat resume dataset data_dir tfds_dir "
+    "categories category_options shard variants evaluate detector maps_dir compilation_cache"
 ).split()
 
 
@@ -102,12 +102,15 @@ def loss_fn(
     generator: nn.Module,
     discriminator: nn.Module,
     loss: Mapping[str, Any],
+    remat: bool = False,
 ) -> tuple[tuple[Array, Array], dict[str, Array]]:
     """Returns the losses of the generator and of the discriminator, and each term by name.
 
-    `loss` is `config.loss`. Terms whose weight is zero are not computed and have no name.
+    `loss` is `config.loss`; `remat`: see `models.applied`. Terms whose weight is zero are not
+    computed and have no name.
     """
-    logits, reconstructions = generator.apply({"params": generator_params}, defective, recall=False)
+    generate = models.applied(generator, remat=remat, recall=False)
+    logits, reconstructions = generate(generator_params, defective)
     terms = {
         "loss_segmentation": losses.SEGMENTATION[loss["segmentation"]](logits=logits, masks=masks)
     }
@@ -120,7 +123,7 @@ def loss_fn(
         total += loss["reconstruction_weight"] * terms["loss_reconstruction"]
     if loss["adversarial_weight"]:
         generator_side, discriminator_side = losses.ADVERSARIAL[loss["adversarial"]]
-        judge = partial(discriminator.apply, {"params": discriminator_params})
+        judge = partial(models.applied(discriminator, remat=remat), discriminator_params)
         # Real pairs: a good image and an empty map. Generated pairs: the reconstruction, and the
         # map where the image is good; where it is defective the map is right not to be empty.
         fake_logits = judge(reconstructions, jax.nn.sigmoid(logits) * (1 - masks))
@@ -132,34 +135,74 @@ def loss_fn(
     return (total, discriminator_total), terms
 
 
+def players_gradients(
+    players_loss: Callable[..., tuple[tuple[Array, Array], dict[str, Array]]],
+    generator_params: Any,
+    discriminator_params: Any,
+    examples: tuple[Array, ...],
+    accumulate: int = 1,
+) -> tuple[Any, Any, dict[str, Array]]:
+    """Returns the gradient of each player and the metrics, from one forward pass of both.
+
+    Args:
+      players_loss: of the parameters of both players and the examples, returns the loss of each and
+        metrics: all of them means over the examples.
+      generator_params: see `train_state.TrainState`.
+      discriminator_params: likewise.
+      examples: arrays [b, ...].
+      accumulate: into how many parts the examples are divided, one after the other in memory; b
+        must be a multiple of it. The result is the same, to rounding.
+    """
+
+    def of(part: tuple[Array, ...]) -> tuple[Any, Any, dict[str, Array]]:
+        # Each player takes the gradient of its own loss by its own parameters; XLA drops the other
+        # halves.
+        _, gradients_of, metrics = jax.vjp(
+            lambda g, d: players_loss(g, d, *part),
+            generator_params,
+            discriminator_params,
+            has_aux=True,
+        )
+        generator_gradients, _ = gradients_of((jnp.ones(()), jnp.zeros(())))
+        _, discriminator_gradients = gradients_of((jnp.zeros(()), jnp.ones(())))
+        return generator_gradients, discriminator_gradients, metrics
+
+    if accumulate == 1:
+        return of(examples)
+    parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), examples)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts)))
+    add = lambda total, part: (jax.tree.map(jnp.add, total, of(part)), None)  # noqa: E731
+    total, _ = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda x: x / accumulate, total)
+
+
 def update_players(
     state: TrainState,
-    players_loss: Callable[[Any, Any], tuple[tuple[Array, Array], dict[str, Array]]],
+    players_loss: Callable[..., tuple[tuple[Array, Array], dict[str, Array]]],
+    examples: tuple[Array, ...],
     *,
     optimizers: Optimizers,
     ema_decay: float,
+    accumulate: int,
     axis_name: str | None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Updates both players from one forward pass.
 
     Args:
       state: without a device axis.
-      players_loss: of the parameters of the generator and of the discriminator, returns the loss of
-        each and metrics.
+      players_loss: see `players_gradients`.
+      examples: likewise.
       optimizers: one for each player.
       ema_decay: of the averaged weights, from 0 (no memory) to 1.
+      accumulate: see `players_gradients`.
       axis_name: of the `jax.pmap` this runs in; None outside one.
 
     Returns:
       The next state, and the metrics with the gradient norms added.
     """
-    # Each player takes the gradient of its own loss by its own parameters; XLA drops the other
-    # halves.
-    _, gradients_of, metrics = jax.vjp(
-        players_loss, state.generator, state.discriminator, has_aux=True
+    generator_gradients, discriminator_gradients, metrics = players_gradients(
+        players_loss, state.generator, state.discriminator, examples, accumulate
     )
-    generator_gradients, _ = gradients_of((jnp.ones(()), jnp.zeros(())))
-    _, discriminator_gradients = gradients_of((jnp.zeros(()), jnp.ones(())))
     if axis_name:
         generator_gradients, discriminator_gradients, metrics = jax.lax.pmean(
             (generator_gradients, discriminator_gradients, metrics), axis_name
@@ -201,6 +244,8 @@ def train_step(
     defect_fn: Callable,
     loss: Mapping[str, Any],
     ema_decay: float,
+    accumulate: int = 1,
+    remat: bool = False,
     axis_name: str | None = "batch",
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step of both players; pure.
@@ -216,13 +261,16 @@ def train_step(
       defect_fn: see `draw_examples`.
       loss: `config.loss`.
       ema_decay: of the averaged weights, from 0 (no memory) to 1.
+      accumulate: see `players_gradients`.
+      remat: see `models.applied`.
       axis_name: of the `jax.pmap` this runs in; None outside one.
 
     Returns:
       The next state, and the losses and gradient norms of this step (float32 scalars).
     """
     first = jax.lax.axis_index(axis_name) * len(images) if axis_name else 0
-    good, defective, masks = draw_examples(
+    # All of this device's at once, however many parts they are learnt from in: the same are drawn.
+    examples = draw_examples(
         jax.random.fold_in(key, state.step),
         images,
         first,
@@ -230,17 +278,14 @@ def train_step(
         defect_fn=defect_fn,
         axis_name=axis_name,
     )
-    players_loss = partial(
-        loss_fn,
-        good=good,
-        defective=defective,
-        masks=masks,
-        generator=generator,
-        discriminator=discriminator,
-        loss=loss,
-    )
     return update_players(
-        state, players_loss, optimizers=optimizers, ema_decay=ema_decay, axis_name=axis_name
+        state,
+        partial(loss_fn, generator=generator, discriminator=discriminator, loss=loss, remat=remat),
+        examples,
+        optimizers=optimizers,
+        ema_decay=ema_decay,
+        accumulate=accumulate,
+        axis_name=axis_name,
     )
 
 
@@ -414,7 +459,13 @@ def create_parts(config: ConfigDict) -> Parts:
         schedule=schedule,
         draw_examples=partial(draw_examples, **draw),
         train_step=partial(
-            train_step, loss=config.loss, ema_decay=config.ema_decay, **players, **draw
+            train_step,
+            loss=config.loss,
+            ema_decay=config.ema_decay,
+            accumulate=config.accumulate,
+            remat=config.remat,
+            **players,
+            **draw,
         ),
         create_state=create_state,
         count_flops=partial(models.flops_per_image, generator, tuple(config.image_size)),

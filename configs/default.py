@@ -33,8 +33,14 @@ def get_config() -> ConfigDict:
     # "i/n": this job's share of all categories, seeds and variants, i from 0 to n-1, all jobs with
     # the same --workdir; --mode=merge then puts their results together. "" is all of them.
     config.shard = ""
-    # Of all devices together; must be a multiple of their number.
+    # Of all devices together; must be a multiple of their number, times `accumulate`.
     config.batch_size = 16
+    # Parts that each device divides its share of the batch into, one after the other: a larger
+    # batch in the same memory. Changes nothing but rounding; 1 is off.
+    config.accumulate = 1
+    # Computes what the layers put out a second time for the gradient instead of keeping it: less
+    # memory, about 40 % more operations. Changes nothing but rounding.
+    config.remat = False
     config.num_steps = 20_000
     # In steps. What a kill can cost at most.
     config.checkpoint_every = 1_000

@@ -44,6 +44,8 @@ def test_options_of_a_category_stand_in_for_those_of_the_run():
     [
         ({"batch_size": 6}, r"batch_size=6 .*4 devices.*example 4"),
         ({"batch_size": 0}, r"batch_size=0 .*example 4"),
+        ({"batch_size": 20, "accumulate": 3}, r"=20 .*4 devices, times accumulate=3, .*example 12"),
+        ({"accumulate": 0}, "accumulate=0 must be at least 1"),
         ({"num_steps": 0}, "num_steps=0"),
         ({"shard": "4/4"}, "shard='4/4' must be i/n with i from 0 to n-1"),
         ({"shard": "1"}, "shard='1' must be i/n"),
