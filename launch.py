@@ -101,7 +101,7 @@ def main(argv):
             job.stop_on_signals()
         code = run(FLAGS.mode, FLAGS.config, Path(FLAGS.workdir or "."), runs)
     except job.Stopped as stopped:
-        code = complain(stopped, job.STOPPED)
+        code = complain(f"{stopped}; everything is saved: the same command goes on", job.STOPPED)
     except UsageError as error:
         code = complain(error)
     except OSError as error:

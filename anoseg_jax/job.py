@@ -160,7 +160,7 @@ def must_stop() -> bool:
 def stop_if_asked(where: str) -> None:
     """Raises Stopped, saying where, if a signal has asked the job to end; see `must_stop`."""
     if must_stop():
-        raise Stopped(f"stopped {where}; everything is saved: the same command goes on")
+        raise Stopped(f"stopped {where}")
 
 
 @contextlib.contextmanager

@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -190,29 +192,113 @@ def test_evaluate_works_from_checkpoints_alone(finished, data_dir, tmp_path):
     assert missing.stderr.count("\n") == 1
 
 
-def test_kill_9_in_mid_training_and_the_same_command_again_change_nothing(data_dir, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    more = ("--config.num_steps=40", "--config.checkpoint_every=5", "--config.evaluate.pictures=0")
-    assert launch(*arguments(data_dir, whole, *more)).returncode == 0
-    with open(tmp_path / "out", "w") as out:
-        process = subprocess.Popen(
-            command(*arguments(data_dir, killed, *more)), cwd=ROOT, stdout=out, stderr=out
+LONG = ("--config.num_steps=40", "--config.checkpoint_every=5", "--config.evaluate.pictures=0")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data_dir, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    assert launch(*arguments(data_dir, workdir, *LONG)).returncode == 0
+    return workdir
+
+
+def start(out, *arguments, devices=None):
+    """Starts the command, its output in a file, on other virtual devices if `devices` are given."""
+    environment = dict(os.environ)
+    if devices:
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    with open(out, "w") as file:
+        return subprocess.Popen(
+            command(*arguments), cwd=ROOT, stdout=file, stderr=file, env=environment
         )
-    checkpoints = killed / "bolt" / "checkpoints"
-    while process.poll() is None and not (checkpoints / "10").exists():
+
+
+def signal_at(process, number, checkpoint):
+    """Sends a signal once that checkpoint is there; returns the exit code."""
+    while process.poll() is None and not checkpoint.exists():
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (killed / "results.json").exists(), "it was over before it could be killed"
-    resumed = launch(*arguments(data_dir, killed, *more))
-    assert resumed.returncode == 0 and "resumed at step" in resumed.stdout
-    expected, results = (
-        json.loads((folder / "results.json").read_text())["categories"]["bolt"]
-        for folder in (whole, killed)
+    assert process.poll() is None, "it was over before it could be stopped"
+    process.send_signal(number)
+    return process.wait()
+
+
+def category_results(workdir):
+    results = json.loads((workdir / "results.json").read_text())["categories"]["bolt"]
+    results.pop("train_seconds")
+    return results
+
+
+def test_killed_stopped_and_damaged_the_same_command_again_changes_nothing(
+    data_dir, uninterrupted, tmp_path
+):
+    workdir, out = tmp_path / "w", tmp_path / "out"
+    of_run = arguments(data_dir, workdir, *LONG)
+    checkpoints = workdir / "bolt" / "checkpoints"
+    killed = signal_at(start(out, *of_run), signal.SIGKILL, checkpoints / "10")
+    assert killed == -signal.SIGKILL and not (workdir / "results.json").exists()
+
+    stopped = signal_at(start(out, *of_run), signal.SIGTERM, checkpoints / "20")
+    assert stopped == 75
+    lines = out.read_text().splitlines()
+    assert any("resumed at step" in line for line in lines)
+    assert re.fullmatch(r"error: stopped at step \d+ of 40; .* the same command goes on", lines[-1])
+    steps = sorted(int(path.name) for path in checkpoints.iterdir())
+    assert f"step {steps[-1]} of 40" in lines[-1]
+
+    newest = checkpoints / str(steps[-1])
+    largest = max(
+        (p for p in newest.rglob("*") if p.is_file()), key=lambda path: path.stat().st_size
     )
-    for category in (expected, results):
-        category.pop("train_seconds")
-    assert results == expected
+    largest.write_bytes(largest.read_bytes()[:100])
+    resumed = launch(*of_run)
+    assert resumed.returncode == 0 and f"resumed at step {steps[-2]}\n" in resumed.stdout
+    assert f"warning: damaged checkpoint {newest}: " in resumed.stderr
+    assert category_results(workdir) == category_results(uninterrupted)
+
+
+def test_two_processes_give_what_one_gives_and_survive_the_death_of_one(
+    data_dir, uninterrupted, tmp_path
+):
+    """Two devices in each of two processes, against four in one."""
+    workdir, outs = tmp_path / "w", [tmp_path / "out0", tmp_path / "out1"]
+
+    def start_both():
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        return [
+            start(
+                outs[index],
+                *arguments(data_dir, workdir, *LONG),
+                f"--coordinator=localhost:{port}",
+                "--num_processes=2",
+                f"--process_id={index}",
+                devices=2,
+            )
+            for index in (0, 1)
+        ]
+
+    first, second = start_both()
+    checkpoints = workdir / "bolt" / "checkpoints"
+    assert signal_at(first, signal.SIGKILL, checkpoints / "10") == -signal.SIGKILL
+    assert second.wait() not in (0, None)
+    assert re.search("another (task died|process of this job ended)", outs[1].read_text())
+
+    assert [process.wait() for process in start_both()] == [0, 0], outs[0].read_text()
+    assert "4 x cpu in 2 processes; resumed at step" in outs[0].read_text()
+    assert "results:" in outs[0].read_text() and outs[1].read_text().count("results:") == 0
+    logs = [
+        [json.loads(line) for line in (w / "bolt" / "train_log.jsonl").read_text().splitlines()]
+        for w in (workdir, uninterrupted)
+    ]
+    assert len(logs[0]) == len(logs[1]) == 24  # every 2 and every 5 steps
+    for two, one in zip(logs[0][:12], logs[1], strict=False):  # up to step 20
+        for name in ("loss_segmentation", "loss_reconstruction", "loss_discriminator"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3), two["step"]
+    two, one = category_results(workdir), category_results(uninterrupted)
+    for metric in ("image_auroc", "pixel_auroc", "pixel_ap", "iou", "au_pro"):
+        assert two[metric] == pytest.approx(one[metric], abs=1e-3)
+    assert len(list((workdir / "bolt").glob("events.*"))) == 2  # one a run: one process writes
 
 
 def test_what_cannot_be_measured_is_null_with_a_reason(data_dir, tmp_path):
