@@ -49,6 +49,11 @@ def upsample(x: Array) -> Array:
     return x.reshape(b, 2 * h, 2 * w, c)
 
 
+def widen(x: Array) -> Array:
+    """Returns it in float32 at least: losses are not computed in bfloat16; float64 stays."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 class ConvBlock(nn.Module):
     """3x3 convolution, GroupNorm, leaky ReLU."""
 
@@ -100,7 +105,7 @@ class Reconstructor(nn.Module):
             x = upsample(nn.Conv(features, (1, 1), dtype=self.dtype)(x))
             x = ConvBlock(features, dtype=self.dtype)(x)
         x = nn.Conv(4 * self.outputs, (3, 3), dtype=self.dtype)(x)
-        return depth_to_space(x).astype(jnp.float32) + 0.5  # [b, h, w, outputs]
+        return widen(depth_to_space(x)) + 0.5  # [b, h, w, outputs]
 
 
 class MapHead(nn.Module):
@@ -134,7 +139,7 @@ class MapHead(nn.Module):
         # not spent on learning that most pixels are good.
         x = nn.Conv(1, (3, 3), bias_init=nn.initializers.constant(-4.0), dtype=self.dtype)(x)
         b, h, w, _ = x.shape
-        return jax.image.resize(x[..., 0].astype(jnp.float32), (b, 2 * h, 2 * w), "bilinear")
+        return jax.image.resize(widen(x[..., 0]), (b, 2 * h, 2 * w), "bilinear")
 
 
 # Of the patch memory, all chosen by measuring (docs/experiments.md): pixels a side of a patch of
@@ -415,7 +420,7 @@ class Discriminator(nn.Module):
         for level in range(1, self.depth):
             block = ConvBlock(self.width * min(2**level, 8), stride=2, dtype=self.dtype)
             levels.append(block(levels[-1]))
-        logits = nn.Conv(1, (3, 3), dtype=self.dtype)(levels[-1])[..., 0].astype(jnp.float32)
+        logits = widen(nn.Conv(1, (3, 3), dtype=self.dtype)(levels[-1])[..., 0])
         return (logits, levels) if features else logits
 
 
