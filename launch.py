@@ -15,6 +15,7 @@ FLAGS = flags.FLAGS
 MODES = {
     "train": "trains, or goes on training, and evaluates",
     "evaluate": "evaluates the newest checkpoints",
+    "export_replay": "writes weights, batches, losses of each step for another implementation",
     "check": "reports on images and masks, without training (needs no --workdir)",
     "merge": "puts the results of jobs with config.shard=i/n together (needs no --config)",
     "report": "writes report.html again from the result files (needs no --config)",
@@ -58,10 +59,13 @@ def run(mode, config, workdir, runs):
     from anoseg_jax import experiment, options
     from data import sources
 
-    options.check(config, training=mode == "train")
+    options.check(config, training=mode in ("train", "export_replay"))
     splits = sources.open_splits(
         config.dataset, config.categories, data_dir=config.data_dir, tfds_dir=config.tfds_dir
     )
+    if mode == "export_replay":
+        experiment.export_replay(config, workdir, splits)
+        return 0
     command = shlex.join(["python", *sys.argv])
     training = mode == "train"
     failures = experiment.run(config, workdir, splits, training=training, command=command)

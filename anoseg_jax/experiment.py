@@ -23,6 +23,7 @@ from anoseg_jax import (
     peers,
     pictures,
     predict,
+    replay,
     report,
     shards,
     train,
@@ -141,6 +142,19 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
     evaluate.write_evaluation(folder, evaluation, arrays)
     pictures.write_pictures(folder / "pictures", evaluation, arrays, config.evaluate.pictures)
     return evaluation.results
+
+
+def export_replay(config: ConfigDict, workdir: Path, splits: Mapping[str, Splits]) -> None:
+    """Trains `config.num_steps` steps a category and writes them (replay.export) to its replay/."""
+    for name, (train_split, _) in splits.items():
+        of_category = options.of_category(config, name)
+        images = trained_on(of_category, train_split)
+        batches = input_pipeline.train_batches(
+            images, 0, batch_size=of_category.batch_size, seed=of_category.seed
+        )
+        folder = workdir / name / "replay"
+        replay.export(of_category, images, batches, folder)
+        print(f"{name}: {of_category.num_steps} steps in {folder}")
 
 
 def run_seed(

@@ -1,0 +1,184 @@
+"""The twin in PyTorch from the same weights and batches: networks, losses, training, metrics."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from anoseg_jax import detector, evaluate, losses, predict, replay, torch_weights
+from configs import test as test_config
+
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import torch_reference  # noqa: E402
+import torch_replay  # noqa: E402
+
+STEPS = 20
+IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 48, 3), np.uint8)
+
+
+def make_config():
+    config = test_config.get_config("bolt")
+    config.image_size = (32, 48)
+    config.num_steps = STEPS
+    config.defects.preset = "plain"  # compiles fast
+    return config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A replay of 20 steps."""
+    folder = tmp_path_factory.mktemp("replay")
+    batches = (np.roll(IMAGES, step, axis=0)[:4] for step in itertools.count())
+    replay.export(make_config(), IMAGES, batches, folder)
+    return folder
+
+
+def largest(row, *kinds):
+    return max(row[kind]["difference"] for kind in kinds)
+
+
+def test_in_float64_outputs_gradients_and_20_steps_agree(folder):
+    rows = torch_replay.compare(folder, "float64")
+    assert len(rows) == STEPS
+    assert largest(rows[0], "outputs") < 1e-12
+    assert largest(rows[0], "gradients") < 1e-10
+    for row in rows:
+        assert largest(row, *torch_replay.kinds_of(rows)) < 1e-8
+    # The report says so, and where they part if the twin's step is another one.
+    assert torch_replay.where_they_part(rows, 1e-8) == "within 1e-08 in all of 20 steps"
+    rows[1]["weights"] = {"difference": 0.5, "of": "generator.map_head.convs.0.bias"}
+    said = torch_replay.where_they_part(rows, 1e-8)
+    assert "from step 2 on: weights by 5.0e-01 (generator.map_head.convs.0.bias)" in said
+
+
+def test_in_float32_a_step_agrees_and_our_losses_are_those_that_were_exported(folder):
+    (row,) = torch_replay.compare(folder, "float32", steps=1)
+    assert largest(row, "outputs") < 1e-5
+    assert largest(row, "gradients") < 1e-4
+    written = json.loads((folder / "replay.json").read_text())["steps"][0]
+    for name, (ours, _) in row["losses"].items():
+        assert written[name] == pytest.approx(ours, rel=1e-5), name
+
+
+def test_report_and_curve_are_written(folder, tmp_path, monkeypatch, capsys):
+    row = {"step": 1, "outputs": {"difference": 1e-9, "of": "logits"}, "losses": {}}
+    monkeypatch.setattr(torch_replay, "compare", lambda *_: [row])
+    monkeypatch.setattr(sys, "argv", ["", str(folder), "--out", str(tmp_path / "out" / "report")])
+    torch_replay.main()
+    assert "| outputs | 1e-09 |" in capsys.readouterr().out
+    for suffix in (".md", ".json", ".png"):
+        assert (tmp_path / "out" / "report").with_suffix(suffix).stat().st_size > 50
+
+
+def tensor(array):
+    return torch.from_numpy(np.array(array))
+
+
+def numbers(results, path=""):
+    """Yields all that is measured, by its path; thresholds are in units of the scores."""
+    for name, value in results.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{path}{name}.")
+        elif isinstance(value, float) and "threshold" not in path + name:
+            yield path + name, value
+
+
+@pytest.mark.parametrize("kind", losses.SEGMENTATION)
+def test_each_segmentation_loss_agrees(kind):
+    rng = np.random.default_rng(1)
+    logits, masks = 4 * rng.normal(size=(2, 5, 6)), rng.uniform(size=(2, 5, 6))
+    logits, masks = logits.astype(np.float32), masks.astype(np.float32)
+    expected = losses.SEGMENTATION[kind](logits=logits, masks=masks)
+    found = torch_reference.segmentation_loss(tensor(logits), tensor(masks), kind)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", losses.ADVERSARIAL)
+def test_each_adversarial_loss_agrees(kind):
+    real, fake = np.random.default_rng(1).normal(size=(2, 3, 4, 4)).astype(np.float32)
+    ours, opposite = losses.ADVERSARIAL[kind]
+    found = torch_reference.adversarial_loss(tensor(fake), kind)
+    assert float(found) == pytest.approx(float(ours(fake_logits=fake)), rel=1e-5)
+    found = torch_reference.discriminator_loss(tensor(real), tensor(fake), kind)
+    expected = opposite(real_logits=real, fake_logits=fake)
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_without_adversarial_loss_the_discriminator_stays():
+    config = make_config()
+    config.loss.adversarial_weight = 0.0
+    config.model.memory = 0
+    training = torch_reference.Training(*torch_reference.create(config), config)
+    before, twice = ([p.clone() for p in training.discriminator.parameters()] for _ in "12")
+    moved = [p.clone() for p in training.generator.parameters()]
+    images = torch.rand(2, 3, 32, 48)
+    metrics = training.step(images, images, torch.zeros(2, 32, 48))
+    assert "loss_adversarial" not in metrics
+    assert all(map(torch.equal, before, training.discriminator.parameters()))
+    assert not all(map(torch.equal, moved, training.generator.parameters()))
+
+
+def test_the_twins_maps_and_scores_have_the_same_metrics(folder):
+    """Of generator and detector with converted weights: all of results.json that is measured."""
+    config = make_config()
+    arrays, _ = torch_weights.load(folder / "final.safetensors")
+    arrays = torch_weights.group(arrays, "weights")
+    twin, _ = torch_reference.create(config)
+    twin.load_state_dict(
+        {name: tensor(x) for name, x in torch_weights.group(arrays, "generator").items()}
+    )
+    parts = detector.create_parts(config, {})
+    template = jax.eval_shape(parts.create_state, IMAGES)
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(
+        lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype),
+        {"detector": template.generator, "discriminator": template.discriminator},
+    )
+    drawer, judge = torch_reference.create_detector(config)
+    for name, network in (("detector", drawer), ("discriminator", judge)):
+        weights = torch_weights.to_torch(params[name])
+        network.load_state_dict({key: tensor(x) for key, x in weights.items()})
+
+    keywords = parts.train_step.keywords
+    of_generator = jax.eval_shape(
+        keywords["generator"].init, jax.random.key(0), IMAGES.astype(np.float32)
+    )["params"]
+    ours_params = torch_weights.from_torch(torch_weights.group(arrays, "generator"), of_generator)
+    ours_predict = predict.create_predict(keywords["generator"], top_fraction=0.01)
+    ours_detect = predict.create_detect(keywords["detector"], keywords["discriminator"])
+
+    def of_ours(images):
+        maps, scores, _ = ours_predict(ours_params, images)
+        return maps, {"map": scores, "detector": ours_detect(params, images, maps)}
+
+    def of_twin(images):
+        images = tensor(images.transpose(0, 3, 1, 2)) / 255
+        maps, scores, _ = torch_reference.predict(twin, images, top_fraction=0.01)
+        detected = torch_reference.detect(drawer, judge, images, maps)
+        return maps.numpy(), {"map": scores.numpy(), "detector": detected.numpy()}
+
+    batch = {
+        "image": IMAGES,
+        "mask": np.zeros(IMAGES.shape[:3], np.uint8),
+        "label": np.arange(8) // 4,
+        "has_mask": np.ones(8, bool),
+        "defect_type": np.array(["good", "hole"])[np.arange(8) // 4],
+        "name": np.array([f"test/{i}.png" for i in range(8)]),
+    }
+    batch["mask"][4:, 8:20, 8:20] = 1
+    (ours_maps, ours_scores), (twin_maps, twin_scores) = (f(IMAGES) for f in (of_ours, of_twin))
+    np.testing.assert_allclose(twin_maps, ours_maps, atol=1e-5)
+    for kind in ours_scores:
+        np.testing.assert_allclose(twin_scores[kind], ours_scores[kind], rtol=1e-4, err_msg=kind)
+    ours, twins = (
+        evaluate.measure([(batch, maps, scores)], about={}, image_size=(32, 48)).results
+        for maps, scores in ((ours_maps, ours_scores), (twin_maps, twin_scores))
+    )
+    compared = dict(numbers(ours))
+    assert {"pixel_ap", "au_pro", "image_scores.detector.image_auroc"} <= compared.keys()
+    assert dict(numbers(twins)) == pytest.approx(compared, abs=1e-6)
