@@ -171,7 +171,7 @@ def import_checkpoint(path: Path, folder: Path) -> None:
     state = jax.tree.map(
         lambda x: np.full(x.shape, step if x.dtype.kind == "i" else 0, x.dtype), template
     ).replace(generator=params[network], discriminator=params["discriminator"], ema=params[network])
-    with checkpoint.create_manager(folder / "checkpoints") as manager:
+    with checkpoint.open_manager(folder / "checkpoints") as manager:
         checkpoint.save(manager, state, step, config=metadata["config"], record=record)
     (folder / "config.json").write_text(config.to_json(indent=2) + "\n")
 

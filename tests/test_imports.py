@@ -13,7 +13,7 @@ ORDER = (
 )
 LEAVES = (
     *("models", "augment", "defects", "losses", "metrics", "checkpoint", "input_pipeline"),
-    *("baselines", "peers", "files"),
+    *("baselines", "peers", "files", "job"),
 )
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorboard"}
 CLU_WITH_TENSORFLOW = {"clu.metric_writers", "clu.periodic_actions"}
