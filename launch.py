@@ -102,6 +102,8 @@ def main(argv):
             at = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
             if FLAGS.distributed or at != (None, None, None):
                 job.start(*at)
+                if not job.is_first():
+                    sys.stdout = open(os.devnull, "w")  # one of them speaks
             job.stop_on_signals()
         code = run(FLAGS.mode, FLAGS.config, Path(FLAGS.workdir or "."), runs)
     except job.Stopped as stopped:
