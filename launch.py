@@ -38,10 +38,11 @@ def run(mode, config, workdir, runs):
         report.write_run(workdir)
         return 0
     if mode == "compare":
-        from anoseg_jax import compare
+        from anoseg_jax import compare, compare_page
 
         comparison = compare.compare(runs)
         compare.write(comparison, workdir)
+        compare_page.write(comparison, workdir)
         print(compare.as_markdown(comparison))
         return 0
     if mode == "merge":

@@ -1,10 +1,11 @@
 """Anomaly maps of other methods, from files: so that any method can be judged by the same rules.
 
-    <maps_dir>/<category>/<defect type>/<image stem>.npy | .tiff | .tif     one map a test image
+    <maps_dir>/<category>/<defect type>/<image stem>.npy | .tiff | .tif | .png     one a test image
     <maps_dir>/<category>/scores.csv            may be missing; columns name,score as in images.csv
 
 A map is [h, w] of any size and numeric type (further axes of length 1 are dropped), of any finite
-range, higher = more anomalous; "good" is a defect type, too.
+range, higher = more anomalous; "good" is a defect type, too. A PNG has 16 bits and is read only
+where there is no other file: beside a map it may be a picture of it.
 """
 
 import csv
@@ -20,6 +21,7 @@ from PIL import Image
 from anoseg_jax import UsageError
 
 SUFFIXES = (".npy", ".tiff", ".tif")
+PICTURE = ".png"
 _SHOWN = 3  # names in a message; of more there is the number
 
 
@@ -40,11 +42,14 @@ def find_maps(folder: Path, names: Sequence[str]) -> list[Path]:
     """
     if not folder.is_dir():
         raise MapsError(f"{folder}: there is no such folder; maps_dir has one a category")
-    there: dict[tuple[str, str], list[Path]] = {}
+    maps: dict[tuple[str, str], list[Path]] = {}
+    pictures: dict[tuple[str, str], list[Path]] = {}
     of_types = [of_type for of_type in folder.iterdir() if of_type.is_dir()]
     for path in sorted(path for of_type in of_types for path in of_type.iterdir()):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-            there.setdefault(_key(path), []).append(path)
+        suffix = path.suffix.lower()
+        if suffix in (*SUFFIXES, PICTURE) and not path.name.startswith("."):
+            (pictures if suffix == PICTURE else maps).setdefault(_key(path), []).append(path)
+    there = pictures | maps
     wanted = [_key(Path(name)) for name in names]
     counts = Counter(wanted)
     shared = [name for name, key in zip(names, wanted, strict=True) if counts[key] > 1]
@@ -56,7 +61,7 @@ def find_maps(folder: Path, names: Sequence[str]) -> list[Path]:
     missing = ["/".join(key) for key in wanted if key not in there]
     if missing:
         raise MapsError(
-            f"{folder}: no map (.npy, .tiff or .tif) for {len(missing)} of {len(names)} test "
+            f"{folder}: no map (.npy, .tiff, .tif or .png) for {len(missing)} of {len(names)} test "
             f"images: {_some(missing)}"
         )
     several = [there[key] for key in wanted if len(there[key]) > 1]
@@ -81,6 +86,11 @@ def read_map(path: Path) -> np.ndarray:
         why = " ".join(str(error).split()) or type(error).__name__
         raise MapsError(f"{path}: cannot be read ({why}): save it as .npy") from error
     shape = values.shape
+    if path.suffix.lower() == PICTURE and values.dtype.itemsize == 1:
+        raise MapsError(
+            f"{path}: is {values.dtype} {list(shape)}: a PNG that is a map is grey with 16 bits: "
+            "256 levels do not tell apart what metrics depend on; or save it as .npy"
+        )
     values = values.squeeze()
     if values.ndim != 2 or values.dtype.kind not in "fiub":
         raise MapsError(
@@ -103,35 +113,37 @@ def read_scores(folder: Path, names: Sequence[str]) -> np.ndarray | None:
     """Returns the score of each test image from scores.csv, float64 [n]; None without the file.
 
     Raises:
-      MapsError: the file has other columns, lacks images, has one twice, or a score is no finite
-        number.
+      MapsError: the file is not in UTF-8 or has other columns, lacks images, has one twice, or a
+        score is no finite number.
     """
     path = folder / "scores.csv"
     if not path.exists():
         return None
-    reader = csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""))
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MapsError(f"{path}: is not in UTF-8 ({error.reason}): save it as such") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     if not {"name", "score"} <= set(reader.fieldnames or ()):
         raise MapsError(f"{path}: needs the columns name,score; has {reader.fieldnames}")
-    rows = [(unicodedata.normalize("NFC", row["name"] or ""), row["score"]) for row in reader]
     scores = {}
-    for name, text in rows:
+    for name, text in ((row["name"] or "", row["score"]) for row in reader):
         try:
             score = float(text)
         except (TypeError, ValueError):
             score = np.nan
         if not np.isfinite(score):
             raise MapsError(f"{path}: the score of {name} is {text!r}, which is no finite number")
-        if name in scores:
+        if _key(Path(name)) in scores:
             raise MapsError(f"{path}: has {name} twice")
-        scores[name] = score
-    wanted = [unicodedata.normalize("NFC", name) for name in names]
-    missing = [name for name in wanted if name not in scores]
+        scores[_key(Path(name))] = score
+    missing = [name for name in names if _key(Path(name)) not in scores]
     if missing:
         raise MapsError(
             f"{path}: no score for {len(missing)} of {len(names)} test images: {_some(missing)}; "
-            "names are those of images.csv"
+            "a name ends with <defect type>/<file>, as those of images.csv"
         )
-    return np.array([scores[name] for name in wanted], np.float64)
+    return np.array([scores[_key(Path(name))] for name in names], np.float64)
 
 
 def _key(path: Path) -> tuple[str, str]:

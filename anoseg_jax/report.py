@@ -736,8 +736,8 @@ def run_page(workdir: Path, results: Mapping[str, Any], command: str | None) -> 
     )
 
 
-def render(**values: Any) -> str:
-    """Fills the template; all text is escaped."""
+def render(template: str = "report.html.jinja", **values: Any) -> str:
+    """Fills a template of this package; all text is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -747,7 +747,7 @@ def render(**values: Any) -> str:
     )
     environment.filters |= {"metric": _metric, "duration": _duration, "short": _short}
     environment.filters |= {"plain": _plain}
-    return environment.get_template("report.html.jinja").render(
+    return environment.get_template(template).render(
         names=NAMES,
         verdict_names=VERDICTS,
         scale=colour_scale(),

@@ -198,7 +198,7 @@ def get_config() -> ConfigDict:
     config.evaluate.pictures = 8
 
     # --mode=evaluate judges the anomaly maps of another method in this folder instead of a model's:
-    # <category>/<defect type>/<image stem>.npy, .tiff or .tif (benchmarks/peers.md).
+    # <category>/<defect type>/<image stem>.npy, .tiff, .tif or .png (benchmarks/peers.md).
     config.maps_dir = ""
 
     # Compiled programs are kept here between runs; "" keeps none.

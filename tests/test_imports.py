@@ -8,8 +8,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Each module may import those after it; the leaves import none of them.
 ORDER = (
-    *("experiment", "shards", "replay", "ablation", "report", "compare", "pictures", "evaluate"),
-    *("torch_weights", "detector", "train", "options", "predict", "train_state", "train_log"),
+    *("experiment", "shards", "replay", "compare_page", "ablation", "report", "compare"),
+    *("pictures", "evaluate", "torch_weights", "detector", "train", "options", "predict"),
+    *("train_state", "train_log"),
 )
 LEAVES = (
     *("models", "augment", "defects", "losses", "metrics", "checkpoint", "input_pipeline"),

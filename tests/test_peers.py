@@ -31,6 +31,20 @@ def test_maps_are_read_from_all_formats(folder):
         assert values.dtype == np.float32
 
 
+def test_a_png_of_16_bits_is_a_map_where_there_is_no_other_file(folder):
+    values = np.arange(12, dtype=np.uint16).reshape(3, 4) * 5000
+    (folder / "hole" / "0.tiff").unlink()
+    Image.fromarray(values).save(folder / "hole" / "0.png")
+    Image.fromarray(values).save(folder / "good" / "0.png")  # beside 0.npy
+    maps = peers.read_maps(folder, NAMES)
+    np.testing.assert_array_equal(maps[1], values)
+    np.testing.assert_array_equal(maps[0], np.arange(12.0).reshape(3, 4) - 5)
+    for picture in (values.astype(np.uint8), np.zeros((3, 4, 3), np.uint8)):
+        Image.fromarray(picture).save(folder / "hole" / "0.png")
+        with pytest.raises(peers.MapsError, match="0.png: is uint8 .*: a PNG that is a map"):
+            peers.read_maps(folder, NAMES)
+
+
 def test_names_are_equal_however_their_umlauts_are_written(tmp_path):
     (tmp_path / "riß").mkdir()
     np.save(tmp_path / "riß" / unicodedata.normalize("NFD", "ü.npy"), np.zeros((2, 2)))
@@ -77,6 +91,13 @@ def test_scores_come_by_name(folder):
     lines = [f"{name},{index}.5" for index, name in enumerate(NAMES)]
     (folder / "scores.csv").write_text("\n".join(["name,score", *reversed(lines)]))
     np.testing.assert_array_equal(peers.read_scores(folder, NAMES), [0.5, 1.5, 2.5])
+    # As other programs name them: wherever their images lie, or after their own files.
+    lines = ["/data/bolt/test/good/0.png,3", "hole/0.npy,4", "hole/a.b.JPG,5"]
+    (folder / "scores.csv").write_text("\n".join(["name,score", *lines]))
+    np.testing.assert_array_equal(peers.read_scores(folder, NAMES), [3, 4, 5])
+    (folder / "scores.csv").write_text("name,score\nhöle/0.png,1", encoding="latin-1")
+    with pytest.raises(peers.MapsError, match="scores.csv: is not in UTF-8"):
+        peers.read_scores(folder, NAMES)
 
 
 @pytest.mark.parametrize(
