@@ -22,14 +22,14 @@ MAX_SHOWN = 240  # of a page: about 12 MB
 
 
 class Seen(NamedTuple):
-    """A category as one run saw it: its results, the rows of images.csv by name, and pictures.
+    """A category as one run saw it.
 
-    `index` is where an image is in `arrays` (of evaluation.npz; None with `missing`, the reason).
+    Its results; the rows of images.csv by name, with their `index` in the arrays; the arrays of
+    evaluation.npz, None with the reason in `missing`.
     """
 
     results: dict[str, Any]
     rows: dict[str, dict[str, Any]]
-    index: dict[str, int]
     arrays: dict[str, np.ndarray] | None
     missing: str
 
@@ -65,14 +65,8 @@ def read_category(folder: Path, category: str) -> Seen:
     )
     if arrays is not None and len(arrays["map"]) != len(rows or []):
         arrays, missing = None, "evaluation.npz and images.csv are of different evaluations."
-    names = [row["name"] for row in rows or []]
-    return Seen(
-        results,
-        dict(zip(names, rows or [], strict=True)),
-        {name: index for index, name in enumerate(names)},
-        arrays,
-        no_rows or missing,
-    )
+    by_name = {row["name"]: row | {"index": index} for index, row in enumerate(rows or [])}
+    return Seen(results, by_name, arrays, no_rows or missing)
 
 
 def places_of(scores: Sequence[float]) -> np.ndarray:
@@ -123,7 +117,8 @@ def draw(image: Image, first: Seen, other: Seen, names: tuple[str, str]) -> list
     for seen, run in ((first, names[0]), (other, names[1])):
         if seen.arrays is None:
             continue
-        index, row = seen.index[image.name], seen.rows[image.name]
+        row = seen.rows[image.name]
+        index = row["index"]
         best, scale = seen.results.get("iou_threshold"), seen.results.get("map_scale")
         drawn = report.draw_panels(
             seen.arrays["image"][index],
