@@ -18,11 +18,13 @@ MODES = {
     "export_replay": "writes weights, batches, losses of each step for another implementation",
     "check": "reports on images and masks, without training (needs no --workdir)",
     "merge": "puts the results of jobs with config.shard=i/n together (needs no --config)",
+    "dry_run": "prints memory, FLOPs, time and files of a run; reads and writes no file",
     "report": "writes report.html again from the result files (needs no --config)",
     "compare": "compares finished runs: launch.py --mode=compare --workdir=W RUN RUN ...",
 }
 config_flags.DEFINE_config_file("config", None, "Options: configs/NAME.py or NAME.py:CATEGORIES.")
 flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs, results and pictures.")
+flags.DEFINE_integer("devices", None, "For dry_run: so many virtual CPU devices.", lower_bound=1)
 flags.DEFINE_enum("mode", "train", MODES, "; ".join(f"{k}: {v}" for k, v in MODES.items()))
 flags.DEFINE_bool("distributed", False, "One of several processes that jax finds: Slurm, TPU ...")
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where jax does not find it.")
@@ -51,6 +53,11 @@ def run(mode, config, workdir, runs):
         missing = shards.merge(workdir)
         print(f"merged what is there: {workdir}")
         return complain("\n".join(missing), int(bool(missing)))
+    if mode == "dry_run":
+        from anoseg_jax import dry_run
+
+        print(dry_run.report(config, FLAGS.workdir, FLAGS.devices))
+        return 0
     from data import layout
 
     if mode == "check":
@@ -88,8 +95,10 @@ def main(argv):
             if runs or FLAGS.config is None:
                 raise flags.Error("needs --config=FILE; options are set as --config.KEY=VALUE")
             FLAGS.config.keys()  # raises what went wrong when the file was loaded
-        if FLAGS.workdir is None and FLAGS.mode != "check":
+        if FLAGS.workdir is None and FLAGS.mode not in ("check", "dry_run"):
             raise flags.Error("needs --workdir=DIR")
+        if FLAGS.devices and FLAGS.mode != "dry_run":
+            raise flags.Error("--devices is for --mode=dry_run: a run takes the devices there are")
     except (AttributeError, KeyError) as error:
         name = str(error).strip("\"'")
         return complain(f"the config has no option {name!r}; configs/default.py has them all")

@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each module may import those after it; the leaves import none of them.
 ORDER = (
     *("experiment", "shards", "replay", "compare_page", "ablation", "report", "compare"),
-    *("pictures", "evaluate", "torch_weights", "detector", "train", "options", "predict"),
-    *("train_state", "train_log"),
+    *("pictures", "evaluate", "torch_weights", "dry_run", "detector", "train", "options"),
+    *("predict", "train_state", "train_log"),
 )
 LEAVES = (
     *("models", "augment", "defects", "losses", "metrics", "checkpoint", "input_pipeline"),
