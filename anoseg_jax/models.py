@@ -49,9 +49,9 @@ def upsample(x: Array) -> Array:
     return x.reshape(b, 2 * h, 2 * w, c)
 
 
-def widen(x: Array) -> Array:
-    """Returns it in float32 at least: losses are not computed in bfloat16; float64 stays."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def at_least_float32(dtype: Any) -> Any:
+    """Returns float32 for bfloat16, and what is as wide or wider as it is."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 class ConvBlock(nn.Module):
@@ -104,8 +104,10 @@ class Reconstructor(nn.Module):
         for features in widths[-2::-1]:
             x = upsample(nn.Conv(features, (1, 1), dtype=self.dtype)(x))
             x = ConvBlock(features, dtype=self.dtype)(x)
-        x = nn.Conv(4 * self.outputs, (3, 3), dtype=self.dtype)(x)
-        return widen(depth_to_space(x)) + 0.5  # [b, h, w, outputs]
+        # The last layer in float32, here and below: bfloat16 has 8 bits, too few for an image's
+        # grey levels and for the order of a map's pixels.
+        x = nn.Conv(4 * self.outputs, (3, 3), dtype=at_least_float32(self.dtype))(x)
+        return depth_to_space(x) + 0.5  # [b, h, w, outputs]
 
 
 class MapHead(nn.Module):
@@ -137,9 +139,11 @@ class MapHead(nn.Module):
             x = ConvBlock(features, dtype=self.dtype)(jnp.concatenate([x, skips.pop()], axis=-1))
         # Starts at about 2 % anomalous, which is what a mask holds on average: the first steps are
         # not spent on learning that most pixels are good.
-        x = nn.Conv(1, (3, 3), bias_init=nn.initializers.constant(-4.0), dtype=self.dtype)(x)
+        x = nn.Conv(
+            1, (3, 3), bias_init=nn.initializers.constant(-4.0), dtype=at_least_float32(self.dtype)
+        )(x)
         b, h, w, _ = x.shape
-        return jax.image.resize(widen(x[..., 0]), (b, 2 * h, 2 * w), "bilinear")
+        return jax.image.resize(x[..., 0], (b, 2 * h, 2 * w), "bilinear")
 
 
 # Of the patch memory, all chosen by measuring (docs/experiments.md): pixels a side of a patch of
@@ -420,7 +424,7 @@ class Discriminator(nn.Module):
         for level in range(1, self.depth):
             block = ConvBlock(self.width * min(2**level, 8), stride=2, dtype=self.dtype)
             levels.append(block(levels[-1]))
-        logits = widen(nn.Conv(1, (3, 3), dtype=self.dtype)(levels[-1])[..., 0])
+        logits = nn.Conv(1, (3, 3), dtype=at_least_float32(self.dtype))(levels[-1])[..., 0]
         return (logits, levels) if features else logits
 
 
