@@ -113,7 +113,7 @@ def main(argv):
             if FLAGS.distributed or at != (None, None, None):
                 job.start(*at)
                 if not job.is_first():
-                    sys.stdout = open(os.devnull, "w")  # one of them speaks
+                    sys.stdout = Path(os.devnull).open("w")  # one of them speaks
             job.stop_on_signals()
         code = run(FLAGS.mode, FLAGS.config, Path(FLAGS.workdir or "."), runs)
     except job.Stopped as stopped:

@@ -180,11 +180,11 @@ def lock(folder: epath.PathLike, *, shared: bool = False) -> Iterator[None]:
     if "://" in os.fspath(folder):
         yield
         return
-    with open(folder / ".lock", "a+") as file:
+    # Not through epath: a lock is on a file of this machine.
+    with os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT), "r+") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
             raise UsageError(
                 f"{folder} is in use by {file.read().strip() or 'another job'}: wait for it, or "
                 "take another --workdir"

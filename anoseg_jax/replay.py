@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -11,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils.epath import Path
 from jax import Array
 from ml_collections import ConfigDict
 
-from anoseg_jax import evaluate, torch_weights, train
+from anoseg_jax import files, torch_weights, train
 from anoseg_jax.train_state import Optimizers, TrainState
 
 
@@ -199,4 +199,4 @@ def export(
         "versions": evaluate.versions(),
         "device": jax.local_devices()[0].device_kind,
     }
-    evaluate.write_text(folder / "replay.json", json.dumps(written, indent=2) + "\n")
+    files.write_text(folder / "replay.json", json.dumps(written, indent=2) + "\n")

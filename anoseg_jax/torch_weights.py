@@ -12,7 +12,6 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import flax
@@ -20,9 +19,10 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
+from etils.epath import Path
 from ml_collections import ConfigDict
 
-from anoseg_jax import UsageError, checkpoint, detector, train
+from anoseg_jax import UsageError, checkpoint, detector, files, train
 
 # Flax's names of modules and parameters, and PyTorch's; what is not listed stays.
 NAMES = (
@@ -105,19 +105,18 @@ def from_torch(state_dict: Mapping[str, np.ndarray], template: Mapping[str, Any]
 def save(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
     """Writes arrays as safetensors; each value of `metadata` becomes JSON in the file's header."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    safetensors.numpy.save_file(
-        dict(arrays), temporary, {key: json.dumps(value) for key, value in metadata.items()}
-    )
-    temporary.replace(path)
+    header = {key: json.dumps(value) for key, value in metadata.items()}
+    files.write_bytes(path, safetensors.numpy.save(dict(arrays), header))
 
 
 def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Returns the arrays of a safetensors file and its metadata; WeightsError if it is none."""
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
+        content = path.read_bytes()
+        arrays = safetensors.numpy.load(content)
+        # The format: the header's length in 8 bytes, then the header.
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = header.get("__metadata__", {})
         return arrays, {key: json.loads(value) for key, value in metadata.items()}
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path}: not a file that this program can read ({error})") from error
