@@ -226,6 +226,8 @@ def report(config: ConfigDict, workdir: str | None, devices: int | None = None) 
     ]
     above = {f"{workdir}/{folder}".rpartition("/")[0] for folder, _ in trainings(config)}
     lines += [f"  {folder}/  {OF_A_RUN}" for folder in sorted(above)]
+    if config.dataset != "folder":
+        lines.append(f"  {config.tfds_dir or '~/tensorflow_datasets'}/{config.dataset}/  by TFDS")
     if config.compilation_cache:
         lines.append(f"  {config.compilation_cache}/  compiled programs")
     return "\n".join(lines)
