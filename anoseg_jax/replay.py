@@ -14,7 +14,7 @@ from etils.epath import Path
 from jax import Array
 from ml_collections import ConfigDict
 
-from anoseg_jax import files, torch_weights, train
+from anoseg_jax import evaluate, files, torch_weights, train
 from anoseg_jax.train_state import Optimizers, TrainState
 
 

@@ -126,7 +126,8 @@ def test_what_a_kill_left_half_written_is_no_checkpoint_and_goes(directory):
     (directory / "4").rename(directory / "6.orbax-checkpoint-tmp")
     with checkpoint.open_manager(directory) as manager:
         assert checkpoint.restore(manager).step == 2
-    assert {path.name for path in directory.iterdir()} == {"2"}
+        checkpoint.save(manager, make_state(8), 8, config={}, record={})
+    assert {path.name for path in directory.iterdir()} == {"2", "8"}
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(directory):
