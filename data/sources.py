@@ -62,7 +62,10 @@ def open_prepared(
                 "give the one that holds the category folders, --config.data_dir=DIR"
             )
         manual = tfds.download.DownloadConfig(manual_dir=data_dir or None)
-        builder.download_and_prepare(download_config=manual)
+        try:
+            builder.download_and_prepare(download_config=manual)
+        except FileExistsError:  # Another job was faster; TFDS renames what is whole.
+            builder = module.Builder(config=name, data_dir=tfds_dir or None)
         splits[name] = (builder.as_dataset("train"), builder.as_dataset("test"))
     return splits
 

@@ -1,12 +1,15 @@
 """Runs spread over jobs: each does its own part, and merged they are what one job would write."""
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from anoseg_jax import evaluate, experiment, shards
 from configs import test as test_config
+from data import sources
+from data.synthetic_ad import synthetic_ad_dataset_builder as synthetic
 
 SPLITS = dict.fromkeys(("screw", "tile", "wood"), (None, None))
 
@@ -25,6 +28,7 @@ def results_of(config, folder, splits, *, training):
 def run(monkeypatch):
     """Runs all of a config, or a shard of it; with seeds there are variants, too."""
     monkeypatch.setattr(experiment, "run_category", results_of)
+    monkeypatch.setattr(experiment.report, "draw_plot", lambda plot: "<svg></svg>")
 
     def run(workdir, shard="", **changes):
         config = test_config.get_config()
@@ -99,3 +103,16 @@ def test_jobs_on_other_machines_are_both_named(tmp_path, monkeypatch):
     evaluate.assemble(tmp_path, ["screw", "tile"])
     made = json.loads((tmp_path / "results.json").read_text())
     assert made["versions"] == {"python": "3.11; 3.12", "jax": "0.10"} and made["command"] == "c"
+
+
+def test_jobs_may_prepare_the_same_data_at_once(tmp_path, monkeypatch):
+    draw, prepare = synthetic.drawing.examples, synthetic.Builder.download_and_prepare
+    monkeypatch.setattr(synthetic.drawing, "examples", lambda *args: islice(draw(*args), 2))
+
+    def be_slower(builder, **options):
+        prepare(synthetic.Builder(config="weave", data_dir=tmp_path), **options)
+        raise FileExistsError("cannot rename")
+
+    monkeypatch.setattr(synthetic.Builder, "download_and_prepare", be_slower)
+    splits = sources.open_splits("synthetic_ad", ("weave",), data_dir="", tfds_dir=str(tmp_path))
+    assert [int(split.cardinality()) for split in splits["weave"]] == [2, 2]
