@@ -6,6 +6,7 @@ image. Equal files make equal pages, byte for byte.
 
 import base64
 import csv
+import functools
 import io
 import json
 import re
@@ -736,8 +737,9 @@ def run_page(workdir: Path, results: Mapping[str, Any], command: str | None) -> 
     )
 
 
-def render(template: str = "report.html.jinja", **values: Any) -> str:
-    """Fills a template of this package; all text is escaped."""
+@functools.cache
+def load_template(name: str) -> jinja2.Template:
+    """Returns a template of this package, compiled once for all pages; it escapes all text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -747,7 +749,12 @@ def render(template: str = "report.html.jinja", **values: Any) -> str:
     )
     environment.filters |= {"metric": _metric, "duration": _duration, "short": _short}
     environment.filters |= {"plain": _plain}
-    return environment.get_template(template).render(
+    return environment.get_template(name)
+
+
+def render(template: str = "report.html.jinja", **values: Any) -> str:
+    """Fills a template (see `load_template`)."""
+    return load_template(template).render(
         names=NAMES,
         verdict_names=VERDICTS,
         scale=colour_scale(),
