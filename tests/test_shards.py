@@ -43,8 +43,9 @@ def run(monkeypatch):
 
 
 def files(workdir):
-    """Returns the content of all files by their path."""
-    return {p.relative_to(workdir): p.read_text() for p in workdir.rglob("*") if p.is_file()}
+    """Returns the content of all files that are not hidden (locks are) by their path."""
+    paths = [path for path in workdir.rglob("[!.]*") if path.is_file()]
+    return {path.relative_to(workdir): path.read_text() for path in paths}
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12, 40])
