@@ -64,7 +64,13 @@ def step(
       `logits` of the map, `reconstructions`, and the discriminator's logits of real and fake pairs.
     """
 
-    def players_loss(generator_params: Any, discriminator_params: Any) -> tuple:
+    def players_loss(
+        generator_params: Any,
+        discriminator_params: Any,
+        good: Array,
+        defective: Array,
+        masks: Array,
+    ) -> tuple:
         totals, terms = train.loss_fn(
             generator_params,
             discriminator_params,
@@ -89,7 +95,13 @@ def step(
         return totals, terms | {"outputs": outputs}
 
     state, metrics = train.update_players(
-        state, players_loss, optimizers=optimizers, ema_decay=ema_decay, axis_name=None
+        state,
+        players_loss,
+        (good, defective, masks),
+        optimizers=optimizers,
+        ema_decay=ema_decay,
+        accumulate=1,
+        axis_name=None,
     )
     return state, metrics, metrics.pop("outputs")
 
