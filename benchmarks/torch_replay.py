@@ -39,19 +39,25 @@ OUTPUTS = ("logits", "reconstructions", "fake_logits", "real_logits")
 Arrays = Mapping[str, np.ndarray]
 
 
+def shapes_of(networks: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, dict]:
+    """Returns the shapes of both networks' parameters, for torch_weights.from_torch."""
+    key, images = jax.random.key(0), jnp.zeros((1, *image_size, 3))
+    inputs = {"generator": (images,), "discriminator": (images, images[..., 0])}
+    return {
+        name: jax.eval_shape(networks[name].init, key, *of)["params"] for name, of in inputs.items()
+    }
+
+
 class Ours:
     """The networks of anoseg_jax in a precision of choice; made and called with its x64 mode."""
 
     def __init__(self, config: ConfigDict, initial: Arrays, dtype: str) -> None:
         """`initial` are the replay's weights."""
-        parts = train.create_parts(config)
-        images = jax.ShapeDtypeStruct((4, *config.image_size, 3), np.uint8)
+        keywords = train.create_parts(config).train_step.keywords
         with jax.enable_x64(False):
-            template = jax.eval_shape(parts.create_state, images)
-        networks = {"generator": template.generator, "discriminator": template.discriminator}
+            networks = shapes_of(keywords, config.image_size)
         params = torch_weights.from_torch(initial, networks)
         params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
-        keywords = parts.train_step.keywords
         optimizers = Optimizers(*map(replay.keep_gradients, keywords["optimizers"]))
         state = TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -219,19 +225,19 @@ def as_markdown(found: Mapping[str, list[dict[str, Any]]]) -> str:
 def draw(found: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     """Draws the differences over the steps, one panel a precision."""
     figure, panels = plt.subplots(
-        1, len(found), figsize=(5 * len(found), 3.6), sharey=True, squeeze=False, layout="tight"
+        1, len(found), figsize=(4 * len(found) + 2, 3.6), sharey=True, squeeze=False, layout="tight"
     )
     for panel, (dtype, rows) in zip(panels[0], found.items(), strict=True):
         for kind in kinds_of(rows):
-            values = [row[kind]["difference"] for row in rows]
+            values = [row[kind]["difference"] or None for row in rows]  # none at all: no point
             dotted = kind.startswith(("loss", "gradient_norm"))
             style = {"linestyle": ":" if dotted else "-", "linewidth": 1.2}
             panel.semilogy([row["step"] for row in rows], values, label=kind, **style)
         panel.set(title=dtype, xlabel="step")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("relative difference")
-    panels[0][-1].legend(fontsize=6)
-    figure.savefig(path, dpi=110)
+    panels[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 

@@ -18,12 +18,12 @@ import torch_reference  # noqa: E402
 import torch_replay  # noqa: E402
 
 STEPS = 20
-IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 48, 3), np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (8, 16, 32, 3), np.uint8)
 
 
 def make_config():
     config = test_config.get_config("bolt")
-    config.image_size = (32, 48)
+    config.image_size = (16, 32)
     config.num_steps = STEPS
     config.defects.preset = "plain"  # compiles fast
     return config
@@ -116,8 +116,8 @@ def test_without_adversarial_loss_the_discriminator_stays():
     training = torch_reference.Training(*torch_reference.create(config), config)
     before, twice = ([p.clone() for p in training.discriminator.parameters()] for _ in "12")
     moved = [p.clone() for p in training.generator.parameters()]
-    images = torch.rand(2, 3, 32, 48)
-    metrics = training.step(images, images, torch.zeros(2, 32, 48))
+    images = torch.rand(2, 3, 16, 32)
+    metrics = training.step(images, images, torch.zeros(2, 16, 32))
     assert "loss_adversarial" not in metrics
     assert all(map(torch.equal, before, training.discriminator.parameters()))
     assert not all(map(torch.equal, moved, training.generator.parameters()))
@@ -145,10 +145,8 @@ def test_the_twins_maps_and_scores_have_the_same_metrics(folder):
         network.load_state_dict({key: tensor(x) for key, x in weights.items()})
 
     keywords = parts.train_step.keywords
-    of_generator = jax.eval_shape(
-        keywords["generator"].init, jax.random.key(0), IMAGES.astype(np.float32)
-    )["params"]
-    ours_params = torch_weights.from_torch(torch_weights.group(arrays, "generator"), of_generator)
+    shapes = torch_replay.shapes_of(keywords, config.image_size)
+    ours_params = torch_weights.from_torch(arrays, shapes)["generator"]
     ours_predict = predict.create_predict(keywords["generator"], top_fraction=0.01)
     ours_detect = predict.create_detect(keywords["detector"], keywords["discriminator"])
 
@@ -170,13 +168,13 @@ def test_the_twins_maps_and_scores_have_the_same_metrics(folder):
         "defect_type": np.array(["good", "hole"])[np.arange(8) // 4],
         "name": np.array([f"test/{i}.png" for i in range(8)]),
     }
-    batch["mask"][4:, 8:20, 8:20] = 1
+    batch["mask"][4:, 4:12, 8:20] = 1
     (ours_maps, ours_scores), (twin_maps, twin_scores) = (f(IMAGES) for f in (of_ours, of_twin))
     np.testing.assert_allclose(twin_maps, ours_maps, atol=1e-5)
     for kind in ours_scores:
         np.testing.assert_allclose(twin_scores[kind], ours_scores[kind], rtol=1e-4, err_msg=kind)
     ours, twins = (
-        evaluate.measure([(batch, maps, scores)], about={}, image_size=(32, 48)).results
+        evaluate.measure([(batch, maps, scores)], about={}, image_size=(16, 32)).results
         for maps, scores in ((ours_maps, ours_scores), (twin_maps, twin_scores))
     )
     compared = dict(numbers(ours))
