@@ -121,7 +121,7 @@ def main(argv):
     except UsageError as error:
         code = complain(error)
     except OSError as error:
-        code = complain(f"{error}; what was saved stays: the same command goes on from there")
+        code = complain(f"{error}; what is saved in {FLAGS.workdir} stays, and is gone on from")
     except Exception as error:
         if not job.is_distributed():
             raise

@@ -57,10 +57,15 @@ def open_manager(directory: epath.PathLike, *, create: bool = True) -> Iterator[
             cleanup_tmp_directories=create,
         ),
     )
-    with _without_errors_of_orbax(), manager:
-        yield manager
+    with _without_errors_of_orbax():
+        try:
+            yield manager
+        except BaseException:
+            with contextlib.suppress(Exception):  # it would hide what went wrong before it
+                manager.close()
+            raise
         with _writing(directory):
-            manager.wait_until_finished()
+            manager.close()
 
 
 @contextlib.contextmanager
