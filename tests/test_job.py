@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from anoseg_jax import UsageError, input_pipeline, job
@@ -39,6 +40,16 @@ def test_the_processes_shares_of_a_batch_are_disjoint_and_complete(monkeypatch, 
     assert sum(shares, []) == order.tolist()
 
 
+def test_processes_that_differ_are_told_before_they_train(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        job.multihost_utils, "process_allgather", lambda mine: np.stack([mine, mine + (mine > 200)])
+    )
+    job.check_equal({"options": "00"})
+    with pytest.raises(UsageError, match="process 1 has other images_sha256 than process 0: all"):
+        job.check_equal({"options": "00", "images_sha256": "00ff"})
+
+
 def test_the_flags_of_several_processes_need_each_other():
     with pytest.raises(UsageError, match="--coordinator, --num_processes and --process_id need"):
         job.start("localhost:1234", 2, None)
@@ -56,22 +67,3 @@ except UsageError as error:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert "processes do not meet" in done.stdout and "--coordinator=HOST:PORT" in done.stdout
-
-
-PROGRAM = """
-import itertools, json, sys
-import numpy as np
-from anoseg_jax import job, options, train
-from configs import test
-
-config = test.get_config("bolt")
-config.update_from_flattened_dict(json.loads(sys.argv[2]))
-options.check(config)
-images = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
-
-def batches(start):
-    for step in itertools.count(start):
-        yield np.roll(images, step, axis=0)[:8]
-
-train.fit(config, batches, sys.argv[1], remembered=images)
-"""

@@ -287,6 +287,12 @@ def test_other_options_than_the_checkpoints_are_refused_with_the_difference(unin
     assert "num_steps" not in str(caught.value) and "log_every" not in str(caught.value)
 
 
+def test_other_images_than_the_checkpoints_are_refused(uninterrupted):
+    message = "other images_sha256: None, now abababababab; put back what it was trained with"
+    with pytest.raises(train.TrainingError, match=message):
+        train.fit(make_config(num_steps=9), batches, uninterrupted, images_sha256="ab" * 32)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(tmp_path):
     config = make_config(**{"log_every": 3, "num_steps": 9, "clip_norm": 1.0})
     real = train.train_step
