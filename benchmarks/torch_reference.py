@@ -231,7 +231,8 @@ class PatchMemory(nn.Module):
         rest = x.square().sum(dim=-1) - code.square().sum(dim=-1)  # what the components leave over
         code = torch.cat([code, self.place * coords], dim=-1)
         known = self.patches.square().sum(dim=-1)
-        squared = (known - 2 * code @ self.patches.T).amin(dim=-1)
+        products = torch.addmm(known, code.flatten(0, 1), self.patches.T, alpha=-2)
+        squared = products.amin(dim=-1).view_as(rest)
         return (squared + code.square().sum(dim=-1) + rest).clamp(min=0).sqrt()
 
     @torch.no_grad()
