@@ -18,7 +18,8 @@ demo: install
 	$(BIN)/python launch.py --config=configs/synthetic.py --workdir=runs/demo
 
 test: install
-	$(BIN)/python -m pytest
+	@# Tests of one file share what they compile.
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

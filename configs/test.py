@@ -23,6 +23,7 @@ def get_config(categories: str = "all") -> ConfigDict:
     config.detector.width = 8
     config.detector.latent = 8
     config.held_out = 0.4
+    config.defects.preset = "paper"  # half of what compiles is the other defects
     config.batch_size = 4
     config.num_steps = 6
     config.warmup_steps = 2

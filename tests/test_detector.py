@@ -134,7 +134,7 @@ def test_another_generator_is_refused_in_one_line(folder, tmp_path):
     (tmp_path / "detector").symlink_to(folder / "detector")
     state, config, record, step = checkpoint.restore_newest(folder / "checkpoints")
     state["ema"] = jax.tree.map(lambda x: x + 1e-6, state["ema"])
-    with checkpoint.create_manager(tmp_path / "checkpoints") as manager:
+    with checkpoint.open_manager(tmp_path / "checkpoints") as manager:
         checkpoint.save(manager, state, step, config=config, record=record)
     for use in (
         lambda: detector.fit(make_config(), batches, tmp_path),

@@ -25,6 +25,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
 def make_config(**changes):
     config = test_config.get_config("bolt")
     config.augment.flip_horizontal = True
+    config.defects.preset = "default"  # one of its kinds takes from other images of the batch
     config.update_from_flattened_dict(changes)
     return config
 
