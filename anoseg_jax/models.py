@@ -147,11 +147,10 @@ class MapHead(nn.Module):
 
 
 # Of the patch memory, all chosen by measuring (docs/experiments.md): pixels a side of a patch of
-# the image at half its size, and pixels from one patch to the next;
+# the image at half its size, and pixels from one patch to the next; how much a patch's place may
+# count; and the weight of its distances in the map's logits.
 PATCH, STRIDE = 8, 2
-# how much a patch's place may count, and what share of the best precision is enough for more of it;
-PLACES, ENOUGH = (0.0, 1.0, 2.0, 4.0), 0.87
-# and the weight of its distances in the map's logits.
+PLACES = (0.0, 0.5, 1.0, 2.0, 4.0)
 RECALL = 0.5
 
 
@@ -256,13 +255,22 @@ def nearest_distance(
 
 
 def patch_distances(
-    memory: Mapping[str, Array], images: Array, *, patch: int = PATCH, stride: int = STRIDE
+    memory: Mapping[str, Array],
+    images: Array,
+    *,
+    patch: int = PATCH,
+    stride: int = STRIDE,
+    shift: int = 0,
 ) -> Array:
-    """Returns the distance of each patch of the images to the nearest in memory: [b, h/4, w/4]."""
+    """Returns the distance of each patch of the images to the nearest in memory: [b, h/4, w/4].
+
+    With `shift`, of each patch as if it lay so many patches further down and to the right.
+    """
     known = {name: memory[name] for name in ("basis", "patches", "place")}
 
     def of_one(image: Array) -> Array:
         x, coords = describe_patches(image[None], patch=patch, stride=stride)
+        coords = jnp.roll(coords, (-shift, -shift), axis=(0, 1))
         return nearest_distance(x[0] - memory["mean"], coords, **known)
 
     # Image by image: every patch of a batch against all of the memory would be gigabytes.
@@ -280,11 +288,11 @@ def average_precision(scores: Array, labels: Array) -> Array:
 def weigh_place(
     memory: dict[str, Array], good: Array, defective: Array, masks: Array
 ) -> dict[str, Array]:
-    """Chooses how much the place of a patch counts: a lot where all parts lie alike, else nothing.
+    """Chooses how much the place of a patch counts: a lot where all parts lie alike, else less.
 
-    The largest of the weights in PLACES whose distances find synthetic defects nearly as well
-    (ENOUGH, by average precision) as the best: the memory has not been fitted to them, but what is
-    in the wrong place as a whole is not among them.
+    The weight of PLACES with the largest product of two average precisions of the distances: of
+    synthetic defects, and of good patches that are said to lie an eighth of the image's size from
+    where they do, among good ones that are not.
 
     Args:
       memory: of `remember_patches`, with coords.
@@ -300,18 +308,20 @@ def weigh_place(
     share = masks.reshape(n, h // cell, cell, w // cell, cell).mean(axis=(2, 4))
     labels = jnp.where(share >= 0.25, 1, jnp.where(share > 0, -1, 0))
 
-    def weighed(weight: float) -> dict[str, Array]:
+    def weighed(weight: Array) -> dict[str, Array]:
         patches = memory["patches"].at[:, -2:].multiply(weight)
         return memory | {"patches": patches, "place": weight * memory["place"]}
 
-    precisions = jnp.stack(
-        [
-            average_precision(patch_distances(weighed(weight), defective), labels)
-            for weight in PLACES
-        ]
-    )
-    enough = precisions >= ENOUGH * jnp.max(precisions)
-    chosen = weighed(jnp.max(jnp.where(enough, jnp.array(PLACES), 0.0)))
+    def find(weight: Array) -> Array:
+        known = weighed(weight)
+        usual = patch_distances(known, good)
+        moved = patch_distances(known, good, shift=-(-usual.shape[1] // 8))
+        which = jnp.concatenate([jnp.zeros_like(usual), jnp.ones_like(moved)])
+        misplaced = average_precision(jnp.concatenate([usual, moved]), which)
+        return misplaced * average_precision(patch_distances(known, defective), labels)
+
+    weights = jnp.array(PLACES)
+    chosen = weighed(weights[jnp.argmax(jax.lax.map(find, weights))])
     distances = patch_distances(chosen, good)
     return chosen | {"centre": jnp.mean(distances), "spread": jnp.std(distances)}
 

@@ -25,7 +25,6 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
 def make_config(**changes):
     config = test_config.get_config("bolt")
     config.augment.flip_horizontal = True
-    config.defects.preset = "default"  # one of its kinds takes from other images of the batch
     config.update_from_flattened_dict(changes)
     return config
 
@@ -36,9 +35,14 @@ def batches(start, images=IMAGES):
         yield np.roll(images, step, axis=0)[:4]
 
 
+def make_parts():
+    """Of the preset with a kind of defects that takes from other images of the batch."""
+    return train.create_parts(make_config(**{"defects.preset": "default"}))
+
+
 @pytest.fixture(scope="module")
 def parts():
-    return train.create_parts(make_config())
+    return make_parts()
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +76,7 @@ EIGHT_DEVICES = """
 import json, sys
 sys.path.insert(0, "tests")
 import jax, test_train
-from anoseg_jax import train
-parts = train.create_parts(test_train.make_config())
+parts = test_train.make_parts()
 initial = jax.device_get(jax.jit(parts.create_state)(test_train.IMAGES))
 print(json.dumps(test_train.run_steps(parts, initial, 8)[1]))
 """

@@ -1,0 +1,66 @@
+"""What image AUROC is worth where good test images are unlike good training images.
+
+python benchmarks/light.py --config=configs/cpu.py:screw --config.data_dir=DIR --workdir=W
+
+Of a run that is finished in W, with the same config. Prints a table of AUROCs, for the image's mean
+brightness and contrast, the PCA baseline and the model: of defective test images against good ones
+(the image AUROC), against good images that were held out of training, and of good test images
+against those. Where the last is far from 0.5, the first measures light, too.
+"""
+
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+from sklearn.metrics import roc_auc_score
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from anoseg_jax import baselines, input_pipeline, options, predict  # noqa: E402
+from data import sources  # noqa: E402
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Options of the run.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.")
+
+
+def auroc(lower: np.ndarray, higher: np.ndarray) -> str:
+    """Returns how often a score [n] of `higher` is above one [m] of `lower`."""
+    labels = np.repeat([0, 1], [len(lower), len(higher)])
+    return f"{roc_auc_score(labels, np.concatenate([lower, higher])):.3f}"
+
+
+def main(_):
+    """Prints a table for each category."""
+    config = CONFIG.value
+    splits = sources.open_splits(
+        config.dataset, config.categories, data_dir=config.data_dir, tfds_dir=config.tfds_dir
+    )
+    for category, (train_split, test_split) in splits.items():
+        own = options.of_category(config, category)
+        predictor = predict.Predictor(Path(WORKDIR.value) / category)
+        images = input_pipeline.load_arrays(train_split, own.image_size)["image"]
+        train, held = input_pipeline.hold_out(images, fraction=own.held_out, seed=own.seed)
+        test = input_pipeline.load_arrays(test_split, own.image_size)
+
+        def pca_patches(images, train=train, fraction=own.evaluate.top_fraction):
+            maps = baselines.pca_patches(train, images)
+            return np.asarray(predict.image_scores(jnp.asarray(maps), fraction))
+
+        scores = {
+            "mean brightness": lambda images: images.mean(axis=(1, 2, 3)),
+            "contrast": lambda images: images.std(axis=(1, 2, 3)),
+            "PCA of patches": pca_patches,
+            "model": lambda images, predictor=predictor: predictor(images)[1],
+        }
+        print(f"\n{category}, AUROC of | defective / good | defective / held out | good / held out")
+        for name, score in scores.items():
+            of_held, of_test = score(held), score(test["image"])
+            good, defective = of_test[test["label"] == 0], of_test[test["label"] == 1]
+            pairs = (good, defective), (of_held, defective), (of_held, good)
+            print(name, *(auroc(*pair) for pair in pairs), sep=" | ")
+
+
+if __name__ == "__main__":
+    app.run(main)
