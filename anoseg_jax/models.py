@@ -146,12 +146,18 @@ class MapHead(nn.Module):
         return jax.image.resize(x[..., 0], (b, 2 * h, 2 * w), "bilinear")
 
 
-# Of the patch memory, all chosen by measuring (docs/experiments.md): pixels a side of a patch of
-# the image at half its size, and pixels from one patch to the next; how much a patch's place may
-# count; and the weight of its distances in the map's logits.
+# Of the patch memories, all chosen by measuring (docs/experiments.md): pixels a side of a patch of
+# the image at half its size, or a quarter, and pixels from one patch to the next; how much a
+# patch's place may count; and the weight of the distances in the map's logits.
 PATCH, STRIDE = 8, 2
 PLACES = (0.0, 0.5, 1.0, 2.0, 4.0)
 RECALL = 0.5
+
+
+def halve(images: Array) -> Array:
+    """Halves height and width, each pixel the mean of four: [b, h/2, w/2, c]."""
+    b, h, w, c = images.shape
+    return images.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
 
 
 def describe_patches(images: Array, *, patch: int, stride: int) -> tuple[Array, Array]:
@@ -168,9 +174,8 @@ def describe_patches(images: Array, *, patch: int, stride: int) -> tuple[Array, 
       coordinates of the patches [rows, columns, 2], from -1 to 1. At the edges the image is
       mirrored.
     """
-    b, h, w, c = images.shape
-    h, w = h // 2, w // 2
-    x = images.reshape(b, h, 2, w, 2, c).mean(axis=(2, 4))
+    x = halve(images)
+    h, w = x.shape[1:3]
     before, after = patch // 2 - 1, patch // 2
     x = jnp.pad(x, ((0, 0), (before, after), (before, after), (0, 0)), mode="reflect")
     # First along the rows, then along the columns: fewer slices than one for each pixel of a patch.
@@ -285,9 +290,18 @@ def average_precision(scores: Array, labels: Array) -> Array:
     return jnp.sum(precision * (labels == 1)) / jnp.maximum(hits[-1], 1)
 
 
-def weigh_place(
-    memory: dict[str, Array], good: Array, defective: Array, masks: Array
-) -> dict[str, Array]:
+def weigh_place(memory: dict[str, Array], weight: Array | float, good: Array) -> dict[str, Array]:
+    """Returns a memory of `remember_patches` in which place counts `weight` times as much.
+
+    Its `centre` and `spread` are those of all patches of `good`, images that it is not of.
+    """
+    patches = memory["patches"].at[:, -2:].multiply(weight)
+    weighed = memory | {"patches": patches, "place": weight * memory["place"]}
+    distances = patch_distances(weighed, good)
+    return weighed | {"centre": jnp.mean(distances), "spread": jnp.std(distances)}
+
+
+def choose_place(memory: dict[str, Array], good: Array, defective: Array, masks: Array) -> Array:
     """Chooses how much the place of a patch counts: a lot where all parts lie alike, else less.
 
     The weight of PLACES with the largest product of two average precisions of the distances: of
@@ -301,19 +315,15 @@ def weigh_place(
       masks: their defect masks [n, h, w].
 
     Returns:
-      The memory with that weight; `centre` and `spread` are those of all patches of `good`.
+      The weight, for `weigh_place`.
     """
     n, h, w = masks.shape
     cell = 2 * STRIDE
     share = masks.reshape(n, h // cell, cell, w // cell, cell).mean(axis=(2, 4))
     labels = jnp.where(share >= 0.25, 1, jnp.where(share > 0, -1, 0))
 
-    def weighed(weight: Array) -> dict[str, Array]:
-        patches = memory["patches"].at[:, -2:].multiply(weight)
-        return memory | {"patches": patches, "place": weight * memory["place"]}
-
     def find(weight: Array) -> Array:
-        known = weighed(weight)
+        known = weigh_place(memory, weight, good)
         usual = patch_distances(known, good)
         moved = patch_distances(known, good, shift=-(-usual.shape[1] // 8))
         which = jnp.concatenate([jnp.zeros_like(usual), jnp.ones_like(moved)])
@@ -321,9 +331,7 @@ def weigh_place(
         return misplaced * average_precision(patch_distances(known, defective), labels)
 
     weights = jnp.array(PLACES)
-    chosen = weighed(weights[jnp.argmax(jax.lax.map(find, weights))])
-    distances = patch_distances(chosen, good)
-    return chosen | {"centre": jnp.mean(distances), "spread": jnp.std(distances)}
+    return weights[jnp.argmax(jax.lax.map(find, weights))]
 
 
 class PatchMemory(nn.Module):
@@ -369,8 +377,8 @@ class Generator(nn.Module):
       coords: appends the coordinate channels to what the networks see.
       reconstruct: has a reconstruction; without one the map is drawn from the image alone and the
         image stands in for its reconstruction.
-      memory: patches of good images that are remembered (`PatchMemory`), of those that the module
-        is initialised with; 0 for none.
+      memory: patches of good images that are remembered at each of two scales (`PatchMemory`), of
+        those that the module is initialised with; 0 for none.
       dtype: of the computation; parameters and outputs are float32.
     """
 
@@ -387,8 +395,9 @@ class Generator(nn.Module):
         """Returns the map's logits [b, h, w] and the reconstruction [b, h, w, 3], both float32.
 
         The map head sees the distances of the memory; with `recall` they are also added to what it
-        says. Training does without: the head learns to see for itself, and what it has learned from
-        synthetic defects alone cannot talk it out of what the memory says.
+        says, and with them those of a second memory, of patches twice as large: of parts that lie
+        where they should not. Training does without: the head learns to see for itself, and what it
+        has learned from synthetic defects alone cannot talk it out of what the memories say.
         """
         check_size(images.shape[1:3], self.depth)
         x = 2 * images - 1
@@ -403,11 +412,13 @@ class Generator(nn.Module):
         head = MapHead(self.width, self.depth, self.dtype)
         if not self.memory:
             return head(x), reconstruction
-        distances = PatchMemory(self.memory, coords=self.coords)(images)
+        fine = PatchMemory(self.memory, coords=self.coords)(images)
         b, h, w = images.shape[:3]
-        logits = head(x, jax.image.resize(distances, (b, h // 2, w // 2), "bilinear")[..., None])
+        logits = head(x, jax.image.resize(fine, (b, h // 2, w // 2), "bilinear")[..., None])
         if recall:
-            logits += RECALL * jax.image.resize(distances, (b, h, w), "bilinear")
+            coarse = PatchMemory(self.memory, coords=self.coords)(halve(images))
+            for distances in (fine, coarse):
+                logits += RECALL * jax.image.resize(distances, (b, h, w), "bilinear")
         return logits, reconstruction
 
 

@@ -106,12 +106,15 @@ def step(
     return state, metrics, metrics.pop("outputs")
 
 
+MEMORIES = ("generator.memory.", "generator.coarse_memory.")
+
+
 def by_name(state: TrainState) -> dict[str, dict[str, np.ndarray]]:
     """Returns a state by kind, each a state_dict over both players (see torch_weights.to_torch).
 
     `weights`, the `average` of the generator's, `gradients` (before clipping) of the step that led
     here, and Adam's averages of them (`first_moment`) and of their squares (`second_moment`). What
-    is not learned, the patch memory, is among the weights alone.
+    is not learned, the patch memories, is among the weights alone.
     """
     optimizers = {"generator": state.generator_opt, "discriminator": state.discriminator_opt}
     kinds = {
@@ -125,7 +128,7 @@ def by_name(state: TrainState) -> dict[str, dict[str, np.ndarray]]:
         kind: {
             name: array
             for name, array in torch_weights.to_torch(trees).items()
-            if kind == "weights" or not name.startswith("generator.memory.")
+            if kind == "weights" or not name.startswith(MEMORIES)
         }
         for kind, trees in kinds.items()
     }
@@ -154,7 +157,7 @@ def in_words(config: ConfigDict) -> dict[str, str]:
         f"{warmup} steps, then half a cosine, 0 after {decay}; step n (from 1) has that of n - 1",
         "generator": "AdamW, beta1 0.9, beta2 0.999, epsilon 1e-8 (added to the corrected root), "
         f"decoupled weight decay {config.weight_decay:g} x learning rate of all but the patch "
-        "memory, which stays as it is",
+        "memories, which stay as they are",
         "discriminator": "Adam, beta1 0.5, else the same, without weight decay, at "
         f"{config.discriminator_scale:g} x the learning rate",
         "average": "average += (1 - d) x (weights - average) after each step, with d = min("
@@ -171,7 +174,7 @@ def export(
 
     Args:
       config: the options of one category.
-      images: good images that the generator's memory is of, uint8 [n, h, w, 3].
+      images: good images that the generator's memories are of, uint8 [n, h, w, 3].
       batches: good images, uint8 [config.batch_size, h, w, 3].
       folder: where replay.json and the safetensors files are written; one that is there is
         written anew.

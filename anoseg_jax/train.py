@@ -39,7 +39,7 @@ MAY_CHANGE = (
 
 
 PANEL_ROWS = 8  # examples that are shown in TensorBoard
-REMEMBERED = 256  # good images that the generator's memory is of
+REMEMBERED = 256  # good images that the generator's memories are of
 
 
 class TrainingError(RuntimeError):
@@ -443,13 +443,17 @@ def create_parts(config: ConfigDict) -> Parts:
 
     def create_state(images: Array) -> TrainState:
         examples = draw_examples(jax.random.fold_in(seed_key, 3), images, 0, **draw)
-        kept = -(-3 * len(images) // 4)  # The memory is of these; the others weigh it.
+        kept = -(-3 * len(images) // 4)  # The memories are of these; the others weigh them.
         state = train_state.create_state(seed_key, examples[0][:kept], **players)
         if not (config.model.memory and config.model.coords):
             return state
-        memory = state.generator["PatchMemory_0"]["memory"]
-        memory = models.weigh_place(memory, *(array[kept:] for array in examples))
-        generator_params = state.generator | {"PatchMemory_0": {"memory": memory}}
+        good, defective, masks = (array[kept:] for array in examples)
+        fine, coarse = (state.generator[f"PatchMemory_{i}"]["memory"] for i in range(2))
+        weight = models.choose_place(fine, good, defective, masks)
+        fine = models.weigh_place(fine, weight, good)
+        coarse = models.weigh_place(coarse, weight, models.halve(good))
+        memories = {"PatchMemory_0": {"memory": fine}, "PatchMemory_1": {"memory": coarse}}
+        generator_params = state.generator | memories
         return state.replace(
             generator=generator_params, ema=jax.tree.map(jnp.copy, generator_params)
         )
@@ -614,7 +618,7 @@ def fit(
       category_dir: where checkpoints/, train_log.jsonl, config.json, parameters.txt are written.
       held_out: good images that are not trained on, uint8 [n, h, w, 3]: the thresholds that each
         checkpoint records are made from them.
-      remembered: good images that the generator's memory is of, uint8 [n, h, w, 3]; None takes
+      remembered: good images that the generator's memories are of, uint8 [n, h, w, 3]; None takes
         those of the first batch; of several processes each must be given the same.
       images_sha256: hash of the images it is trained on: with others a run does not go on; None
         does not ask.

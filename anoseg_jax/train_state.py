@@ -45,7 +45,7 @@ def learning_rate_schedule(learning_rate: float, num_steps: int, warmup: int) ->
 
 
 def is_learned(params: Any) -> Any:
-    """Returns, for each parameter, whether training changes it: the patch memory stays as it is."""
+    """Returns, for each parameter, whether training changes it: patch memories stay as they are."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not any("PatchMemory" in str(part) for part in path), params
     )
@@ -88,7 +88,7 @@ def create_state(
 
     Args:
       key: a PRNG key.
-      images: good images [n, h, w, 3] in [0, 1]: the generator's memory is of them.
+      images: good images [n, h, w, 3] in [0, 1]: the generator's memories are of them.
       generator: the generator's module.
       discriminator: the discriminator's module.
       optimizers: one for each player.

@@ -6,8 +6,8 @@ and masks [b, h, w], 1 = anomalous. `anoseg_jax.torch_weights` gives the weights
 as a `state_dict` of these modules; docs/pytorch.md says how.
 
 Not here: the synthetic defects, whose random numbers no other library draws alike (a comparison
-replays batches, `benchmarks/torch_replay.py`), and the making of the patch memory, which comes with
-the weights.
+replays batches, `benchmarks/torch_replay.py`), and the making of the patch memories, which come
+with the weights.
 """
 
 import copy
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-RECALL = 0.5  # weight of the memory's distances in the map's logits
-PATCH, STRIDE = 8, 2  # of the memory's patches, in pixels of the image at half its size
+RECALL = 0.5  # weight of the memories' distances in the map's logits
+PATCH, STRIDE = 8, 2  # of their patches, in pixels of the image at half its size, or a quarter
 COMPONENTS = 32  # principal components that stand for a patch
 
 
@@ -263,12 +263,13 @@ class Generator(nn.Module):
         self.reconstructor = Reconstructor(inputs, width, depth, latent) if reconstruct else None
         self.map_head = MapHead(inputs + 6 * reconstruct, width, depth, beside=int(memory > 0))
         self.memory = PatchMemory(memory) if memory else None
+        self.coarse_memory = PatchMemory(memory) if memory else None
 
     def forward(self, images: Tensor, *, recall: bool = True) -> tuple[Tensor, Tensor]:
         """Returns the map's logits [b, h, w] and the reconstruction [b, 3, h, w].
 
         The map head sees the distances of the memory; with `recall` they are also added to what it
-        says. Training does without.
+        says, and with them those of patches twice as large. Training does without.
         """
         h, w = images.shape[2:]
         x = 2 * images - 1
@@ -282,10 +283,11 @@ class Generator(nn.Module):
             x = torch.cat([x, 2 * seen - 1, 4 * (images - seen).abs()], dim=1)
         if self.memory is None:
             return self.map_head(x), reconstruction
-        distances = self.memory(images)
-        logits = self.map_head(x, resize(distances, (h // 2, w // 2))[:, None])
+        fine = self.memory(images)
+        logits = self.map_head(x, resize(fine, (h // 2, w // 2))[:, None])
         if recall:
-            logits = logits + RECALL * resize(distances, (h, w))
+            for distances in (fine, self.coarse_memory(F.avg_pool2d(images, 2))):
+                logits = logits + RECALL * resize(distances, (h, w))
         return logits, reconstruction
 
 
@@ -461,7 +463,7 @@ class Training:
     """Both players, their optimizers, and the average of the generator's weights.
 
     Attributes:
-      generator: trained by AdamW; its patch memory is buffers and stays as it is.
+      generator: trained by AdamW; its patch memories are buffers and stay as they are.
       discriminator: trained by Adam at a learning rate of its own.
       average: the generator with averaged weights, which are what is evaluated.
       steps: how many are done.

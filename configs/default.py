@@ -66,8 +66,8 @@ def get_config() -> ConfigDict:
     config.model.depth = 5
     # Channels of the reconstruction's bottleneck: few, so that it cannot copy a defect.
     config.model.latent = 32
-    # Patches of good images that are remembered; how far a patch is from the nearest of them is
-    # where the map starts from. 0 for none.
+    # Patches of good images that are remembered at each of two scales; how far a patch is from the
+    # nearest of them is where the map starts from. 0 for none.
     config.model.memory = 4000
     # The coordinate channels (an ablation).
     config.model.coords = True

@@ -86,7 +86,7 @@ def test_the_map_is_drawn_without_coordinates_and_reconstruction_when_they_are_o
     generator, _ = models.create(other.model, other.loss)
     images = jax.random.uniform(jax.random.key(1), (1, 16, 16, 3))
     variables = jax.jit(generator.init)(jax.random.key(0), images)
-    assert set(variables["params"]) == {"MapHead_0", "PatchMemory_0"}
+    assert set(variables["params"]) == {"MapHead_0", "PatchMemory_0", "PatchMemory_1"}
     assert variables["params"]["PatchMemory_0"]["memory"]["place"] == 0
     assert variables["params"]["MapHead_0"]["ConvBlock_0"]["Conv_0"]["kernel"].shape[2] == 4 * 3 + 1
     np.testing.assert_array_equal(generator.apply(variables, images)[1], images)
@@ -190,14 +190,17 @@ def test_the_place_of_a_patch_counts_where_all_parts_lie_alike(aligned):
     memory = models.remember_patches(
         jax.random.key(0), jnp.asarray(good[:48]), size=600, coords=True, **options
     )
-    weighed = models.weigh_place(memory, good[48:], defective[48:], masks[48:])
-    assert (weighed["place"] >= memory["place"]) == aligned
+    weight = models.choose_place(memory, good[48:], defective[48:], masks[48:])
+    assert (weight >= 1) == aligned
+    weighed = models.weigh_place(memory, weight, good[48:])
+    np.testing.assert_allclose(weighed["place"], weight * memory["place"])
+    np.testing.assert_allclose(weighed["patches"][:, -2:], weight * memory["patches"][:, -2:])
     np.testing.assert_allclose(
         models.patch_distances(weighed, good[48:]).mean(), weighed["centre"], rtol=1e-4
     )
 
 
-def test_the_memory_knows_what_it_was_initialised_with_and_training_does_without(config):
+def test_the_memories_know_what_they_were_initialised_with_and_training_does_without(config):
     generator, _ = models.create(config.model, config.loss)
     stripes = jnp.tile(jnp.sin(jnp.arange(32) / 2)[None, :, None, None] / 4 + 0.5, (4, 1, 32, 3))
     params = jax.jit(generator.init)(jax.random.key(0), stripes)["params"]
@@ -207,4 +210,9 @@ def test_the_memory_knows_what_it_was_initialised_with_and_training_does_without
         for recall in (True, False)
     )
     added = np.asarray(with_memory - without)
+    expected = 0.0
+    for name, images in (("PatchMemory_0", marred), ("PatchMemory_1", models.halve(marred))):
+        distances = models.PatchMemory(64).apply({"params": params[name]}, images)
+        expected += models.RECALL * jax.image.resize(distances, added.shape, "bilinear")
+    np.testing.assert_allclose(added, expected, atol=1e-4)
     assert added[:, 14:18, 14:18].min() > added[:, :4].max() + 0.5

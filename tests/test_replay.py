@@ -10,12 +10,12 @@ import pytest
 from anoseg_jax import replay, torch_weights, train
 from configs import test as test_config
 
-IMAGES = np.random.default_rng(0).integers(0, 256, (8, 16, 32, 3), np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 48, 3), np.uint8)
 
 
 def make_config():
     config = test_config.get_config("bolt")
-    config.image_size = (16, 32)
+    config.image_size = (32, 48)
     config.num_steps = 20
     config.defects.preset = "plain"  # compiles fast
     return config
@@ -48,9 +48,9 @@ def test_losses_and_weights_are_those_of_training(tmp_path):
 
     batch, _ = torch_weights.load(tmp_path / "batch_00002.safetensors")
     assert {name: x.shape for name, x in batch.items()} == {
-        "good": (4, 3, 16, 32),
-        "defective": (4, 3, 16, 32),
-        "masks": (4, 16, 32),
+        "good": (4, 3, 32, 48),
+        "defective": (4, 3, 32, 48),
+        "masks": (4, 32, 48),
     }
     np.testing.assert_allclose(batch["good"].transpose(0, 2, 3, 1), IMAGES[4:] / 255, atol=1e-6)
     first, _ = torch_weights.load(tmp_path / "first_step.safetensors")

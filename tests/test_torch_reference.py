@@ -18,12 +18,12 @@ import torch_reference  # noqa: E402
 import torch_replay  # noqa: E402
 
 STEPS = 20
-IMAGES = np.random.default_rng(0).integers(0, 256, (8, 16, 32, 3), np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 48, 3), np.uint8)
 
 
 def make_config():
     config = test_config.get_config("bolt")
-    config.image_size = (16, 32)
+    config.image_size = (32, 48)
     config.num_steps = STEPS
     config.defects.preset = "plain"  # compiles fast
     return config
@@ -116,8 +116,8 @@ def test_without_adversarial_loss_the_discriminator_stays():
     training = torch_reference.Training(*torch_reference.create(config), config)
     before, twice = ([p.clone() for p in training.discriminator.parameters()] for _ in "12")
     moved = [p.clone() for p in training.generator.parameters()]
-    images = torch.rand(2, 3, 16, 32)
-    metrics = training.step(images, images, torch.zeros(2, 16, 32))
+    images = torch.rand(2, 3, 32, 48)
+    metrics = training.step(images, images, torch.zeros(2, 32, 48))
     assert "loss_adversarial" not in metrics
     assert all(map(torch.equal, before, training.discriminator.parameters()))
     assert not all(map(torch.equal, moved, training.generator.parameters()))
@@ -174,7 +174,7 @@ def test_the_twins_maps_and_scores_have_the_same_metrics(folder):
     for kind in ours_scores:
         np.testing.assert_allclose(twin_scores[kind], ours_scores[kind], rtol=1e-4, err_msg=kind)
     ours, twins = (
-        evaluate.measure([(batch, maps, scores)], about={}, image_size=(16, 32)).results
+        evaluate.measure([(batch, maps, scores)], about={}, image_size=(32, 48)).results
         for maps, scores in ((ours_maps, ours_scores), (twin_maps, twin_scores))
     )
     compared = dict(numbers(ours))

@@ -171,11 +171,12 @@ def test_a_loss_without_weight_is_not_computed(weights, names):
     assert {k.removeprefix("loss_") for k in metrics if k.startswith("loss_")} == names
 
 
-def test_training_leaves_the_patch_memory_as_it_was_to_the_bit(parts, initial):
+def test_training_leaves_the_patch_memories_as_they_were_to_the_bit(parts, initial):
     state, _ = run_steps(parts, initial, devices=2, steps=2)
-    before = initial.generator["PatchMemory_0"]
-    for after in (state.generator["PatchMemory_0"], state.ema["PatchMemory_0"]):
-        jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after))
+    for name in ("PatchMemory_0", "PatchMemory_1"):
+        before = initial.generator[name]
+        for after in (state.generator[name], state.ema[name]):
+            jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after))
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
