@@ -2,7 +2,7 @@
 
     python benchmarks/torch_compare.py [--sizes 128 256] [--runs 9] [--parts] [--clock cpu]
 
-The networks of configs/cpu.py with a full patch memory, in float32 on the CPU, with as many threads
+The networks of configs/cpu.py with full patch memories, in float32 on the CPU, with as many threads
 each as there are cores to run on; batches of 16 images of 128x128, fewer of larger ones. Examples
 are drawn beforehand. The two take turns in one process. `--parts` times what a step is made of;
 `--clock cpu` counts the CPU seconds of all threads, which other programs on the machine change less
@@ -123,13 +123,17 @@ class Case:
         self.twin_batch = [tensor(array) for array in self.batch]
         # The twin draws the weights; it has no patches of its own.
         generator, discriminator = torch_reference.create(config)
-        for memory in generator.memory.buffers():
+        buffers = (*generator.memory.buffers(), *generator.coarse_memory.buffers())
+        for memory in buffers:
             memory += torch.from_numpy(rng.normal(size=memory.shape).astype(np.float32))
         self.training = torch_reference.Training(generator, discriminator, config)
         self.params = self.of_twin()
 
-    def count_flops(self, function: Callable, *inputs: object, loops: int = 1) -> float:
-        """As models.count_flops, and the memory's loop over the images that it counts once."""
+    def count_flops(self, function: Callable, *inputs: object, loops: float = 1) -> float:
+        """As models.count_flops, and the fine memory's loop over the images that it counts once.
+
+        The coarse memory's has a quarter of the patches: `loops` of 1.25 is both.
+        """
         h, w = self.uint8.shape[1:3]
         cell, components = 2 * models.STRIDE, torch_reference.COMPONENTS + 2
         one = 2 * (h // cell) * (w // cell) * self.config.model.memory * components
@@ -190,7 +194,7 @@ class Case:
             images = twin_images.float() / 255
             return torch_reference.predict(self.training.generator, images, top_fraction=top)
 
-        flops = self.count_flops(apply, self.params["generator"], self.uint8)
+        flops = self.count_flops(apply, self.params["generator"], self.uint8, loops=1.25)
         return lambda: ours(self.params["generator"], self.uint8), twin, flops
 
     def parts_of_a_step(self) -> dict[str, Contest]:
