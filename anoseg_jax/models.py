@@ -148,10 +148,11 @@ class MapHead(nn.Module):
 
 # Of the patch memories, all chosen by measuring (docs/experiments.md): pixels a side of a patch of
 # the image at half its size, or a quarter, and pixels from one patch to the next; how much a
-# patch's place may count; and the weight of the distances in the map's logits.
+# patch's place may count; and the weights of the distances in the map's logits, at half the size
+# and at a quarter.
 PATCH, STRIDE = 8, 2
 PLACES = (0.0, 0.5, 1.0, 2.0, 4.0)
-RECALL = 0.5
+RECALL = (0.5, 0.25)
 
 
 def halve(images: Array) -> Array:
@@ -417,8 +418,8 @@ class Generator(nn.Module):
         logits = head(x, jax.image.resize(fine, (b, h // 2, w // 2), "bilinear")[..., None])
         if recall:
             coarse = PatchMemory(self.memory, coords=self.coords)(halve(images))
-            for distances in (fine, coarse):
-                logits += RECALL * jax.image.resize(distances, (b, h, w), "bilinear")
+            for distances, weight in zip((fine, coarse), RECALL, strict=True):
+                logits += weight * jax.image.resize(distances, (b, h, w), "bilinear")
         return logits, reconstruction
 
 

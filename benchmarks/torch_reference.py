@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-RECALL = 0.5  # weight of the memories' distances in the map's logits
+RECALL = (0.5, 0.25)  # weights in the map's logits of distances at half the size, at a quarter
 PATCH, STRIDE = 8, 2  # of their patches, in pixels of the image at half its size, or a quarter
 COMPONENTS = 32  # principal components that stand for a patch
 
@@ -286,8 +286,9 @@ class Generator(nn.Module):
         fine = self.memory(images)
         logits = self.map_head(x, resize(fine, (h // 2, w // 2))[:, None])
         if recall:
-            for distances in (fine, self.coarse_memory(F.avg_pool2d(images, 2))):
-                logits = logits + RECALL * resize(distances, (h, w))
+            coarse = self.coarse_memory(F.avg_pool2d(images, 2))
+            for distances, weight in zip((fine, coarse), RECALL, strict=True):
+                logits = logits + weight * resize(distances, (h, w))
         return logits, reconstruction
 
 

@@ -211,8 +211,9 @@ def test_the_memories_know_what_they_were_initialised_with_and_training_does_wit
     )
     added = np.asarray(with_memory - without)
     expected = 0.0
-    for name, images in (("PatchMemory_0", marred), ("PatchMemory_1", models.halve(marred))):
-        distances = models.PatchMemory(64).apply({"params": params[name]}, images)
-        expected += models.RECALL * jax.image.resize(distances, added.shape, "bilinear")
+    for scale, images in enumerate((marred, models.halve(marred))):
+        known = {"params": params[f"PatchMemory_{scale}"]}
+        distances = models.PatchMemory(64).apply(known, images)
+        expected += models.RECALL[scale] * jax.image.resize(distances, added.shape, "bilinear")
     np.testing.assert_allclose(added, expected, atol=1e-4)
     assert added[:, 14:18, 14:18].min() > added[:, :4].max() + 0.5
