@@ -1,4 +1,4 @@
-"""The same method sized for two CPU cores: 128x128, ten to twenty minutes a category.
+"""The same method sized for two CPU cores: 128x128, about twenty minutes a category on one of them.
 
 python launch.py --config=configs/cpu.py:screw --config.data_dir=DIR --workdir=W
 """
