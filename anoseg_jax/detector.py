@@ -140,13 +140,15 @@ def create_parts(config: ConfigDict, generator_params: Any) -> train.Parts:
             accumulate=config.accumulate,
             remat=config.remat,
         ),
-        create_state=lambda images: train_state.create_state(
-            seed_key,
-            jnp.zeros((1, *images.shape[1:])),
-            generator=detector,
-            discriminator=discriminator,
-            optimizers=optimizers,
-            with_maps=True,
+        create_state=jax.jit(
+            lambda images: train_state.create_state(
+                seed_key,
+                jnp.zeros((1, *images.shape[1:])),
+                generator=detector,
+                discriminator=discriminator,
+                optimizers=optimizers,
+                with_maps=True,
+            )
         ),
         count_flops=partial(count_flops, detector, discriminator, size),
         draw_key=jax.random.fold_in(seed_key, 1),

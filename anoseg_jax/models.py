@@ -147,11 +147,13 @@ class MapHead(nn.Module):
 
 
 # Of the patch memories, all chosen by measuring (docs/experiments.md): pixels a side of a patch of
-# the image at half its size, or a quarter, and pixels from one patch to the next; how much a
-# patch's place may count; and the weights of the distances in the map's logits, at half the size
-# and at a quarter.
+# the image at half its size, or a quarter, and pixels from one patch to the next; the principal
+# components that stand for one; how much its place may count; out of how many one is recalled; and
+# the weights of the distances in the map's logits, at half the size and at a quarter.
 PATCH, STRIDE = 8, 2
+COMPONENTS = 32
 PLACES = (0.0, 0.5, 1.0, 2.0, 4.0)
+CANDIDATES = 12
 RECALL = (0.5, 0.25)
 
 
@@ -194,10 +196,10 @@ def remember_patches(
     images: Array,
     *,
     size: int,
-    components: int,
     coords: bool,
-    patch: int,
-    stride: int,
+    components: int = COMPONENTS,
+    patch: int = PATCH,
+    stride: int = STRIDE,
 ) -> dict[str, Array]:
     """Chooses random patches of good images, and what measures distances to them; jit-able.
 
@@ -205,8 +207,8 @@ def remember_patches(
       key: a PRNG key.
       images: good images, float [n, h, w, c] in [0, 1].
       size: how many patches.
-      components: principal components that stand for a descriptor.
       coords: where a patch lies counts as well.
+      components: principal components that stand for a descriptor.
       patch: see `describe_patches`.
       stride: likewise.
 
@@ -291,15 +293,35 @@ def average_precision(scores: Array, labels: Array) -> Array:
     return jnp.sum(precision * (labels == 1)) / jnp.maximum(hits[-1], 1)
 
 
-def weigh_place(memory: dict[str, Array], weight: Array | float, good: Array) -> dict[str, Array]:
-    """Returns a memory of `remember_patches` in which place counts `weight` times as much.
-
-    Its `centre` and `spread` are those of all patches of `good`, images that it is not of.
-    """
+def weigh_place(memory: dict[str, Array], weight: Array | float) -> dict[str, Array]:
+    """Returns a memory of `remember_patches` in which place counts `weight` times as much."""
     patches = memory["patches"].at[:, -2:].multiply(weight)
-    weighed = memory | {"patches": patches, "place": weight * memory["place"]}
-    distances = patch_distances(weighed, good)
-    return weighed | {"centre": jnp.mean(distances), "spread": jnp.std(distances)}
+    return memory | {"patches": patches, "place": weight * memory["place"]}
+
+
+def thin_out(memory: dict[str, Array], size: int) -> dict[str, Array]:
+    """Returns a memory of `size` of its patches that leave none of the others far from them.
+
+    Each is the one that is farthest from those chosen so far: the greedy coreset of PatchCore (Roth
+    et al., arXiv 2106.08265). Most patches of a part on a plain background are that background;
+    drawn at random they would fill the memory.
+    """
+    patches = memory["patches"]
+
+    def choose(i: Array, args: tuple[Array, Array]) -> tuple[Array, Array]:
+        squared, chosen = args
+        farthest = patches[jnp.argmax(squared)]
+        squared = jnp.minimum(squared, jnp.sum((patches - farthest) ** 2, axis=-1))
+        return squared, chosen.at[i].set(farthest)
+
+    start = jnp.full(len(patches), jnp.inf), jnp.zeros((size, patches.shape[1]))
+    return memory | {"patches": jax.lax.fori_loop(0, size, choose, start)[1]}
+
+
+def calibrate(memory: dict[str, Array], good: Array) -> dict[str, Array]:
+    """Returns the memory with `centre` and `spread` of all patches of images that it is not of."""
+    distances = patch_distances(memory, good)
+    return memory | {"centre": jnp.mean(distances), "spread": jnp.std(distances)}
 
 
 def choose_place(memory: dict[str, Array], good: Array, defective: Array, masks: Array) -> Array:
@@ -324,7 +346,7 @@ def choose_place(memory: dict[str, Array], good: Array, defective: Array, masks:
     labels = jnp.where(share >= 0.25, 1, jnp.where(share > 0, -1, 0))
 
     def find(weight: Array) -> Array:
-        known = weigh_place(memory, weight, good)
+        known = weigh_place(memory, weight)
         usual = patch_distances(known, good)
         moved = patch_distances(known, good, shift=-(-usual.shape[1] // 8))
         which = jnp.concatenate([jnp.zeros_like(usual), jnp.ones_like(moved)])
@@ -345,7 +367,7 @@ class PatchMemory(nn.Module):
 
     size: int
     coords: bool = True
-    components: int = 32
+    components: int = COMPONENTS
     patch: int = PATCH
     stride: int = STRIDE
 
@@ -359,7 +381,7 @@ class PatchMemory(nn.Module):
         remember = partial(
             remember_patches,
             size=self.size,
-            components=min(self.components, self.patch**2 * images.shape[-1]),
+            components=self.components,
             coords=self.coords,
             **cut,
         )
@@ -378,8 +400,7 @@ class Generator(nn.Module):
       coords: appends the coordinate channels to what the networks see.
       reconstruct: has a reconstruction; without one the map is drawn from the image alone and the
         image stands in for its reconstruction.
-      memory: patches of good images that are remembered at each of two scales (`PatchMemory`), of
-        those that the module is initialised with; 0 for none.
+      memory: patches of good images that each `PatchMemory` remembers; 0 for none.
       dtype: of the computation; parameters and outputs are float32.
     """
 
@@ -395,10 +416,10 @@ class Generator(nn.Module):
     def __call__(self, images: Array, *, recall: bool = True) -> tuple[Array, Array]:
         """Returns the map's logits [b, h, w] and the reconstruction [b, h, w, 3], both float32.
 
-        The map head sees the distances of the memory; with `recall` they are also added to what it
-        says, and with them those of a second memory, of patches twice as large: of parts that lie
-        where they should not. Training does without: the head learns to see for itself, and what it
-        has learned from synthetic defects alone cannot talk it out of what the memories say.
+        The map head sees the distances of a memory. With `recall`, those of two others are added to
+        what it says, the second of patches twice as large: of parts that lie where they should not.
+        Training does without: the head learns to see for itself, and what it has learned from
+        synthetic defects alone cannot talk it out of what the memories say.
         """
         check_size(images.shape[1:3], self.depth)
         x = 2 * images - 1
@@ -413,12 +434,12 @@ class Generator(nn.Module):
         head = MapHead(self.width, self.depth, self.dtype)
         if not self.memory:
             return head(x), reconstruction
-        fine = PatchMemory(self.memory, coords=self.coords)(images)
+        distances = PatchMemory(self.memory, coords=self.coords)(images)
         b, h, w = images.shape[:3]
-        logits = head(x, jax.image.resize(fine, (b, h // 2, w // 2), "bilinear")[..., None])
+        logits = head(x, jax.image.resize(distances, (b, h // 2, w // 2), "bilinear")[..., None])
         if recall:
-            coarse = PatchMemory(self.memory, coords=self.coords)(halve(images))
-            for distances, weight in zip((fine, coarse), RECALL, strict=True):
+            for scaled, weight in zip((images, halve(images)), RECALL, strict=True):
+                distances = PatchMemory(self.memory, coords=self.coords)(scaled)
                 logits += weight * jax.image.resize(distances, (b, h, w), "bilinear")
         return logits, reconstruction
 

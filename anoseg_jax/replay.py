@@ -188,7 +188,7 @@ def export(
     )
     draw = jax.jit(parts.draw_examples)
     remembered = images[np.arange(train.REMEMBERED) * len(images) // train.REMEMBERED]
-    state = start(jax.jit(parts.create_state)(remembered), optimizers)
+    state = start(parts.create_state(remembered), optimizers)
     about = {"config": json.loads(config.to_json())}
     torch_weights.save(folder / "initial.safetensors", by_name(state)["weights"], about)
     steps = []

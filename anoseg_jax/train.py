@@ -361,7 +361,6 @@ def restore_or_create(
     1. The newest whole checkpoint of this workdir; 2. that of `config.resume`; 3. a fresh state,
     which `parts.create_state` makes of the good images that `first_fn` returns.
     """
-    create = jax.jit(parts.create_state)
 
     def check(saved: dict, record: dict) -> None:
         check_same_run(saved, json.loads(config.to_json()))
@@ -373,7 +372,9 @@ def restore_or_create(
                     "put back what it was trained with, or start in a new --workdir"
                 )
 
-    template = jax.eval_shape(create, jax.ShapeDtypeStruct((4, *config.image_size, 3), np.uint8))
+    template = jax.eval_shape(
+        parts.create_state, jax.ShapeDtypeStruct((4, *config.image_size, 3), np.uint8)
+    )
     saved = checkpoint.restore(manager, template=template, check=check)
     if saved is not None:
         checkpoint.set_aside(manager, saved.step)
@@ -384,7 +385,7 @@ def restore_or_create(
         if saved is None:
             raise TrainingError(f"config.resume={config.resume}: no checkpoint there")
     if saved is None:
-        return create(first_fn()), {"train_seconds": 0.0}
+        return parts.create_state(first_fn()), {"train_seconds": 0.0}
     return saved.state, saved.record
 
 
@@ -400,7 +401,7 @@ class Parts(NamedTuple):
     schedule: optax.Schedule
     draw_examples: Callable  # (key, images, first)
     train_step: Callable  # (state, images, key, *frozen)
-    create_state: Callable  # (images), good ones, uint8 [n, h, w, 3]
+    create_state: Callable  # compiled; (images), good ones, uint8 [n, h, w, 3]
     count_flops: Callable  # (), of one image
     draw_key: Array
     frozen: tuple = ()
@@ -441,18 +442,35 @@ def create_parts(config: ConfigDict) -> Parts:
     }
     seed_key = jax.random.key(config.seed)
 
-    def create_state(images: Array) -> TrainState:
-        examples = draw_examples(jax.random.fold_in(seed_key, 3), images, 0, **draw)
+    # Given the key, not closed over it: else XLA would draw and sort the random numbers of the
+    # memories while it compiles, for minutes.
+    @jax.jit
+    def create_state(key: Array, images: Array) -> TrainState:
+        examples = draw_examples(jax.random.fold_in(key, 3), images, 0, **draw)
         kept = -(-3 * len(images) // 4)  # The memories are of these; the others weigh them.
-        state = train_state.create_state(seed_key, examples[0][:kept], **players)
-        if not (config.model.memory and config.model.coords):
+        state = train_state.create_state(key, examples[0][:kept], **players)
+        size = config.model.memory
+        if not size:
             return state
-        good, defective, masks = (array[kept:] for array in examples)
-        fine, coarse = (state.generator[f"PatchMemory_{i}"]["memory"] for i in range(2))
-        weight = models.choose_place(fine, good, defective, masks)
-        fine = models.weigh_place(fine, weight, good)
-        coarse = models.weigh_place(coarse, weight, models.halve(good))
-        memories = {"PatchMemory_0": {"memory": fine}, "PatchMemory_1": {"memory": coarse}}
+        # What the head sees in training is of images as they are in training. What is recalled is
+        # of images as they are: a small rotation alone makes them softer than those to be judged.
+        seen, weight = state.generator["PatchMemory_0"]["memory"], 0.0
+        if config.model.coords:
+            good, defective, masks = (array[kept:] for array in examples)
+            weight = models.choose_place(seen, good, defective, masks)
+            seen = models.calibrate(models.weigh_place(seen, weight), good)
+        memories = {"PatchMemory_0": {"memory": seen}}
+        plain = images.astype(jnp.float32) / 255
+        for index, scaled in enumerate((plain, models.halve(plain)), 1):
+            memory = models.remember_patches(
+                jax.random.fold_in(key, 3 + index),
+                scaled[:kept],
+                size=models.CANDIDATES * size,
+                coords=config.model.coords,
+            )
+            memory = models.thin_out(models.weigh_place(memory, weight), size)
+            memory = models.calibrate(memory, scaled[kept:])
+            memories[f"PatchMemory_{index}"] = {"memory": memory}
         generator_params = state.generator | memories
         return state.replace(
             generator=generator_params, ema=jax.tree.map(jnp.copy, generator_params)
@@ -471,7 +489,7 @@ def create_parts(config: ConfigDict) -> Parts:
             **players,
             **draw,
         ),
-        create_state=create_state,
+        create_state=partial(create_state, seed_key),
         count_flops=partial(models.flops_per_image, generator, tuple(config.image_size)),
         draw_key=jax.random.fold_in(seed_key, 1),
     )

@@ -39,7 +39,7 @@ def main(_):
         0, 256, (config.batch_size, *config.image_size, 3), np.uint8
     )
     key = jax.random.key(0)
-    state = jax.jit(parts.create_state)(images)
+    state = parts.create_state(images)
     step = jax.jit(partial(parts.train_step, axis_name=None))
     augment = jax.jit(parts.draw_examples)
     seconds(step, state, images, key), seconds(augment, key, images, 0)  # compiles

@@ -263,13 +263,14 @@ class Generator(nn.Module):
         self.reconstructor = Reconstructor(inputs, width, depth, latent) if reconstruct else None
         self.map_head = MapHead(inputs + 6 * reconstruct, width, depth, beside=int(memory > 0))
         self.memory = PatchMemory(memory) if memory else None
+        self.fine_memory = PatchMemory(memory) if memory else None
         self.coarse_memory = PatchMemory(memory) if memory else None
 
     def forward(self, images: Tensor, *, recall: bool = True) -> tuple[Tensor, Tensor]:
         """Returns the map's logits [b, h, w] and the reconstruction [b, 3, h, w].
 
-        The map head sees the distances of the memory; with `recall` they are also added to what it
-        says, and with them those of patches twice as large. Training does without.
+        The map head sees the distances of a memory; with `recall` those of two others are added to
+        what it says, the second of patches twice as large. Training does without.
         """
         h, w = images.shape[2:]
         x = 2 * images - 1
@@ -283,10 +284,9 @@ class Generator(nn.Module):
             x = torch.cat([x, 2 * seen - 1, 4 * (images - seen).abs()], dim=1)
         if self.memory is None:
             return self.map_head(x), reconstruction
-        fine = self.memory(images)
-        logits = self.map_head(x, resize(fine, (h // 2, w // 2))[:, None])
+        logits = self.map_head(x, resize(self.memory(images), (h // 2, w // 2))[:, None])
         if recall:
-            coarse = self.coarse_memory(F.avg_pool2d(images, 2))
+            fine, coarse = self.fine_memory(images), self.coarse_memory(F.avg_pool2d(images, 2))
             for distances, weight in zip((fine, coarse), RECALL, strict=True):
                 logits = logits + weight * resize(distances, (h, w))
         return logits, reconstruction

@@ -86,7 +86,8 @@ def test_the_map_is_drawn_without_coordinates_and_reconstruction_when_they_are_o
     generator, _ = models.create(other.model, other.loss)
     images = jax.random.uniform(jax.random.key(1), (1, 16, 16, 3))
     variables = jax.jit(generator.init)(jax.random.key(0), images)
-    assert set(variables["params"]) == {"MapHead_0", "PatchMemory_0", "PatchMemory_1"}
+    memories = {"PatchMemory_0", "PatchMemory_1", "PatchMemory_2"}
+    assert set(variables["params"]) == memories | {"MapHead_0"}
     assert variables["params"]["PatchMemory_0"]["memory"]["place"] == 0
     assert variables["params"]["MapHead_0"]["ConvBlock_0"]["Conv_0"]["kernel"].shape[2] == 4 * 3 + 1
     np.testing.assert_array_equal(generator.apply(variables, images)[1], images)
@@ -162,6 +163,14 @@ def test_distances_are_to_the_nearest_remembered_patch():
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
+def test_a_memory_that_is_thinned_out_keeps_the_patches_that_are_far_from_each_other():
+    patches = jnp.array([[0.0, 0], [0, 1], [0, 1.1], [9, 0], [9, 0.5], [4, 0]])
+    kept = models.thin_out({"patches": patches, "place": jnp.ones(())}, 4)
+    assert kept["place"] == 1
+    # From the first on: 9.01 away from it, then 4 from both, then 1.1.
+    np.testing.assert_array_equal(kept["patches"], patches[jnp.array([0, 4, 5, 2])])
+
+
 def test_average_precision_is_scikit_learns_and_leaves_out_what_is_not_labelled():
     rng = np.random.default_rng(0)
     scores, labels = rng.random(200), rng.integers(-1, 2, 200)
@@ -192,7 +201,7 @@ def test_the_place_of_a_patch_counts_where_all_parts_lie_alike(aligned):
     )
     weight = models.choose_place(memory, good[48:], defective[48:], masks[48:])
     assert (weight >= 1) == aligned
-    weighed = models.weigh_place(memory, weight, good[48:])
+    weighed = models.calibrate(models.weigh_place(memory, weight), good[48:])
     np.testing.assert_allclose(weighed["place"], weight * memory["place"])
     np.testing.assert_allclose(weighed["patches"][:, -2:], weight * memory["patches"][:, -2:])
     np.testing.assert_allclose(
@@ -211,9 +220,10 @@ def test_the_memories_know_what_they_were_initialised_with_and_training_does_wit
     )
     added = np.asarray(with_memory - without)
     expected = 0.0
-    for scale, images in enumerate((marred, models.halve(marred))):
-        known = {"params": params[f"PatchMemory_{scale}"]}
+    for index, images in enumerate((marred, models.halve(marred)), 1):
+        known = {"params": params[f"PatchMemory_{index}"]}
         distances = models.PatchMemory(64).apply(known, images)
-        expected += models.RECALL[scale] * jax.image.resize(distances, added.shape, "bilinear")
+        weight = models.RECALL[index - 1]
+        expected += weight * jax.image.resize(distances, added.shape, "bilinear")
     np.testing.assert_allclose(added, expected, atol=1e-4)
     assert added[:, 14:18, 14:18].min() > added[:, :4].max() + 0.5

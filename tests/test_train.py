@@ -173,7 +173,7 @@ def test_a_loss_without_weight_is_not_computed(weights, names):
 
 def test_training_leaves_the_patch_memories_as_they_were_to_the_bit(parts, initial):
     state, _ = run_steps(parts, initial, devices=2, steps=2)
-    for name in ("PatchMemory_0", "PatchMemory_1"):
+    for name in ("PatchMemory_0", "PatchMemory_1", "PatchMemory_2"):
         before = initial.generator[name]
         for after in (state.generator[name], state.ema[name]):
             jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after))
