@@ -106,7 +106,7 @@ def step(
     return state, metrics, metrics.pop("outputs")
 
 
-MEMORIES = ("generator.memory.", "generator.coarse_memory.")
+MEMORIES = ("generator.memory.", "generator.fine_memory.", "generator.coarse_memory.")
 
 
 def by_name(state: TrainState) -> dict[str, dict[str, np.ndarray]]:
