@@ -123,9 +123,9 @@ class Case:
         self.twin_batch = [tensor(array) for array in self.batch]
         # The twin draws the weights; it has no patches of its own.
         generator, discriminator = torch_reference.create(config)
-        buffers = (*generator.memory.buffers(), *generator.coarse_memory.buffers())
-        for memory in buffers:
-            memory += torch.from_numpy(rng.normal(size=memory.shape).astype(np.float32))
+        for memory in (generator.memory, generator.fine_memory, generator.coarse_memory):
+            for array in memory.buffers():
+                array += torch.from_numpy(rng.normal(size=array.shape).astype(np.float32))
         self.training = torch_reference.Training(generator, discriminator, config)
         self.params = self.of_twin()
 
