@@ -300,7 +300,7 @@ def weigh_place(memory: dict[str, Array], weight: Array | float) -> dict[str, Ar
 
 
 def thin_out(memory: dict[str, Array], size: int) -> dict[str, Array]:
-    """Returns a memory of `size` of its patches that leave none of the others far from them.
+    """Returns a memory of those `size` of its patches that leave none of the others far from them.
 
     Each is the one that is farthest from those chosen so far: the greedy coreset of PatchCore (Roth
     et al., arXiv 2106.08265). Most patches of a part on a plain background are that background;
@@ -362,7 +362,8 @@ class PatchMemory(nn.Module):
 
     What has no counterpart among good parts stands out without having been seen as a synthetic
     defect. The patches are parameters that are set when the module is initialised, from the images
-    it is initialised with, and that no gradient changes.
+    it is initialised with, and that no gradient changes; `train.create_parts` sets those that are
+    recalled anew.
     """
 
     size: int

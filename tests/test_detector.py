@@ -85,7 +85,7 @@ def test_a_pair_that_is_reconstructed_exactly_scores_zero(predictor):
 def test_it_trains_both_its_players_and_not_the_generator(folder, predictor):
     generator, _, _, _ = checkpoint.restore_variables(folder / "checkpoints")
     parts = detector.create_parts(make_config(), generator)
-    initial = jax.device_get(jax.jit(parts.create_state)(IMAGES[:4]))
+    initial = jax.device_get(parts.create_state(IMAGES[:4]))
     state, config, record, step = checkpoint.restore_newest(folder / "detector" / "checkpoints")
     assert step == 4 and config["num_steps"] == 4
     for player in ("generator", "discriminator", "ema"):
@@ -119,7 +119,7 @@ def test_the_number_of_devices_changes_nothing_but_rounding(folder):
     """The first line of the log is of four devices; here the same step on one."""
     generator = checkpoint.restore_variables(folder / "checkpoints")[0]
     parts = detector.create_parts(make_config(), generator)
-    state = jax.jit(parts.create_state)(IMAGES[:4])
+    state = parts.create_state(IMAGES[:4])
     step = jax.jit(partial(parts.train_step, axis_name=None))
     _, metrics = step(state, IMAGES[:4], parts.draw_key, *parts.frozen)
     of_four = json.loads((folder / "detector" / "train_log.jsonl").read_text().splitlines()[0])

@@ -28,7 +28,7 @@ def test_losses_and_weights_are_those_of_training(tmp_path):
 
     parts = train.create_parts(config)
     remembered = IMAGES[np.arange(train.REMEMBERED) * len(IMAGES) // train.REMEMBERED]
-    state = jax.jit(parts.create_state)(remembered)
+    state = parts.create_state(remembered)
     initial, metadata = torch_weights.load(tmp_path / "initial.safetensors")
     for name, array in torch_weights.to_torch({"generator": state.generator}).items():
         np.testing.assert_array_equal(initial[name], array, err_msg=name)

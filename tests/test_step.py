@@ -23,7 +23,7 @@ def make_config(**changes):
 
 @pytest.fixture(scope="module")
 def initial():
-    return jax.device_get(jax.jit(train.create_parts(make_config()).create_state)(IMAGES))
+    return jax.device_get(train.create_parts(make_config()).create_state(IMAGES))
 
 
 def metrics_of(state, **changes):
@@ -103,7 +103,7 @@ def test_the_detector_learns_in_parts_too(initial, monkeypatch):
         train, "players_gradients", lambda *args: (seen.append(args[-1]), real(*args))[1]
     )
     parts = detector.create_parts(make_config(accumulate=4), initial.ema)
-    state = jax.jit(parts.create_state)(IMAGES)
+    state = parts.create_state(IMAGES)
     step = partial(parts.train_step, axis_name=None)
     jax.eval_shape(step, state, IMAGES, jax.random.key(0), *parts.frozen)
     assert seen == [4]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anoseg_jax import checkpoint, evaluate, predict, train, train_log, train_state
+from anoseg_jax import checkpoint, evaluate, models, predict, train, train_log, train_state
 from configs import test as test_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def parts():
 
 @pytest.fixture(scope="module")
 def initial(parts):
-    return jax.device_get(jax.jit(parts.create_state)(IMAGES[:8]))
+    return jax.device_get(parts.create_state(IMAGES[:8]))
 
 
 def run_steps(parts, initial, devices, steps=20):
@@ -77,7 +77,7 @@ import json, sys
 sys.path.insert(0, "tests")
 import jax, test_train
 parts = test_train.make_parts()
-initial = jax.device_get(jax.jit(parts.create_state)(test_train.IMAGES))
+initial = jax.device_get(parts.create_state(test_train.IMAGES))
 print(json.dumps(test_train.run_steps(parts, initial, 8)[1]))
 """
 
@@ -177,6 +177,17 @@ def test_training_leaves_the_patch_memories_as_they_were_to_the_bit(parts, initi
         before = initial.generator[name]
         for after in (state.generator[name], state.ema[name]):
             jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after))
+
+
+def test_what_is_recalled_is_of_the_images_as_they_are(initial):
+    """Not of mirrored ones, which training and the head's own memory see as well."""
+    plain = IMAGES / np.float32(255)
+    for index, images in enumerate((plain, models.halve(plain)), 1):
+        memory = initial.generator[f"PatchMemory_{index}"]["memory"]
+        found, _ = models.describe_patches(images, patch=models.PATCH, stride=models.STRIDE)
+        codes = (found.reshape(-1, found.shape[-1]) - memory["mean"]) @ memory["basis"]
+        to_each = np.linalg.norm(codes[:, None] - memory["patches"][:, :-2], axis=-1)
+        np.testing.assert_allclose(to_each.min(axis=0), 0, atol=1e-3)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
