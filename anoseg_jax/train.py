@@ -24,7 +24,6 @@ from anoseg_jax import (
     defects,
     job,
     losses,
-    memory,
     models,
     predict,
     train_log,
@@ -458,21 +457,21 @@ def create_parts(config: ConfigDict) -> Parts:
         seen, weight = state.generator["PatchMemory_0"]["memory"], 0.0
         if config.model.coords:
             good, defective, masks = (array[kept:] for array in examples)
-            weight = memory.choose_place(seen, good, defective, masks)
-            seen = memory.calibrate(memory.weigh_place(seen, weight), good)
+            weight = models.choose_place(seen, good, defective, masks)
+            seen = models.calibrate(models.weigh_place(seen, weight), good)
         memories = {"PatchMemory_0": {"memory": seen}}
         plain = images.astype(jnp.float32) / 255
-        for index, scaled in enumerate((plain, memory.halve(plain)), 1):
-            recalled = memory.remember_patches(
+        for index, scaled in enumerate((plain, models.halve(plain)), 1):
+            memory = models.remember_patches(
                 jax.random.fold_in(key, 3 + index),
                 scaled[:kept],
-                size=memory.CANDIDATES * size,
+                size=models.CANDIDATES * size,
                 coords=config.model.coords,
                 distinct=True,
             )
-            recalled = memory.thin_out(memory.weigh_place(recalled, weight), size)
-            recalled = memory.calibrate(recalled, scaled[kept:])
-            memories[f"PatchMemory_{index}"] = {"memory": recalled}
+            memory = models.thin_out(models.weigh_place(memory, weight), size)
+            memory = models.calibrate(memory, scaled[kept:])
+            memories[f"PatchMemory_{index}"] = {"memory": memory}
         generator_params = state.generator | memories
         return state.replace(
             generator=generator_params, ema=jax.tree.map(jnp.copy, generator_params)

@@ -29,7 +29,7 @@ import torch_reference  # noqa: E402
 import torch_replay  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from anoseg_jax import losses, memory, models, predict, replay, torch_weights, train  # noqa: E402
+from anoseg_jax import losses, models, predict, replay, torch_weights, train  # noqa: E402
 from configs import cpu  # noqa: E402
 
 Contest = tuple[Callable[[], object], Callable[[], object], float]  # ours, twin, FLOPs
@@ -123,8 +123,8 @@ class Case:
         self.twin_batch = [tensor(array) for array in self.batch]
         # The twin draws the weights; it has no patches of its own.
         generator, discriminator = torch_reference.create(config)
-        for known in (generator.memory, generator.fine_memory, generator.coarse_memory):
-            for array in known.buffers():
+        for memory in (generator.memory, generator.fine_memory, generator.coarse_memory):
+            for array in memory.buffers():
                 array += torch.from_numpy(rng.normal(size=array.shape).astype(np.float32))
         self.training = torch_reference.Training(generator, discriminator, config)
         self.params = self.of_twin()
@@ -135,7 +135,7 @@ class Case:
         The coarse memory's has a quarter of the patches: `loops` of 1.25 is both.
         """
         h, w = self.uint8.shape[1:3]
-        cell, components = 2 * memory.STRIDE, torch_reference.COMPONENTS + 2
+        cell, components = 2 * models.STRIDE, torch_reference.COMPONENTS + 2
         one = 2 * (h // cell) * (w // cell) * self.config.model.memory * components
         return models.count_flops(function, *inputs) + loops * (self.batch_size - 1) * one
 
@@ -242,7 +242,7 @@ class Case:
 
         both_ways(
             "memory's distances",
-            applied(memory.PatchMemory(model.memory)),
+            applied(models.PatchMemory(model.memory)),
             generator["PatchMemory_0"],
             twin.memory,
             defective,

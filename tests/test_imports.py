@@ -10,10 +10,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     *("experiment", "shards", "replay", "compare_page", "ablation", "report", "compare"),
     *("pictures", "evaluate", "torch_weights", "dry_run", "detector", "train", "options"),
-    *("predict", "train_state", "train_log", "models"),
+    *("predict", "train_state", "train_log"),
 )
 LEAVES = (
-    *("memory", "augment", "defects", "losses", "metrics", "checkpoint", "input_pipeline"),
+    *("models", "augment", "defects", "losses", "metrics", "checkpoint", "input_pipeline"),
     *("baselines", "peers", "files", "job"),
 )
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorboard"}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anoseg_jax import checkpoint, evaluate, memory, predict, train, train_log, train_state
+from anoseg_jax import checkpoint, evaluate, models, predict, train, train_log, train_state
 from configs import test as test_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,11 +182,11 @@ def test_training_leaves_the_patch_memories_as_they_were_to_the_bit(parts, initi
 def test_what_is_recalled_is_of_the_images_as_they_are(initial):
     """Not of mirrored ones, which training and the head's own memory see as well."""
     plain = IMAGES / np.float32(255)
-    for index, images in enumerate((plain, memory.halve(plain)), 1):
-        known = initial.generator[f"PatchMemory_{index}"]["memory"]
-        found, _ = memory.describe_patches(images, patch=memory.PATCH, stride=memory.STRIDE)
-        codes = (found.reshape(-1, found.shape[-1]) - known["mean"]) @ known["basis"]
-        to_each = np.linalg.norm(codes[:, None] - known["patches"][:, :-2], axis=-1)
+    for index, images in enumerate((plain, models.halve(plain)), 1):
+        memory = initial.generator[f"PatchMemory_{index}"]["memory"]
+        found, _ = models.describe_patches(images, patch=models.PATCH, stride=models.STRIDE)
+        codes = (found.reshape(-1, found.shape[-1]) - memory["mean"]) @ memory["basis"]
+        to_each = np.linalg.norm(codes[:, None] - memory["patches"][:, :-2], axis=-1)
         np.testing.assert_allclose(to_each.min(axis=0), 0, atol=1e-3)
 
 
