@@ -78,7 +78,7 @@ def train_step(
     As train.train_step, with the detector in the generator's place; `generator_params` stay.
     """
     first = jax.lax.axis_index(axis_name) * len(images) if axis_name else 0
-    good, _, _ = train.draw_examples(
+    good, *_ = train.draw_examples(
         jax.random.fold_in(key, state.step),
         images,
         first,

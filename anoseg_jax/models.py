@@ -164,6 +164,21 @@ def halve(images: Array) -> Array:
     return images.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
 
 
+def image_marks(images: Array) -> Array:
+    """Returns a number for each image by which it is told from others: float32 [b].
+
+    `images` are uint8 [b, h, w, c]. Equal images have equal marks; two that differ have with a
+    chance of one in 16 million.
+    """
+    pixels = images.reshape(len(images), -1).astype(jnp.uint32)
+    # An odd factor for each place, which looks drawn at random: a multiple of 2**32 over the golden
+    # ratio (Knuth, The Art of Computer Programming, 6.4), its upper bits mixed into the lower ones.
+    factors = jnp.arange(pixels.shape[1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B1)
+    factors = (factors ^ (factors >> 15)) * jnp.uint32(0x85EBCA6B) | 1
+    # The upper 24 bits: as many as a float32 holds.
+    return (jnp.sum(pixels * factors, axis=1, dtype=jnp.uint32) >> 8).astype(jnp.float32)
+
+
 def describe_patches(images: Array, *, patch: int, stride: int) -> tuple[Array, Array]:
     """Cuts images at half their size into overlapping patches, without their mean and contrast.
 
@@ -195,6 +210,7 @@ def describe_patches(images: Array, *, patch: int, stride: int) -> tuple[Array, 
 def remember_patches(
     key: Array,
     images: Array,
+    marks: Array,
     *,
     size: int,
     coords: bool,
@@ -208,6 +224,7 @@ def remember_patches(
     Args:
       key: a PRNG key.
       images: good images, float [n, h, w, c] in [0, 1].
+      marks: what each is told from the others by, [n] (`image_marks`).
       size: how many patches.
       coords: where a patch lies counts as well.
       distinct: no patch is taken twice, so that there may be fewer.
@@ -218,8 +235,9 @@ def remember_patches(
     Returns:
       `mean` [d] and `basis` [d, components] of the descriptors; `patches` [size, components + 2],
       their principal components and their coordinates times `place`, the descriptors' standard
-      deviation (0 without `coords`). Unless `distinct` also `centre` and `spread`, mean and
-      standard deviation of the distances of patches that are drawn beside them.
+      deviation (0 without `coords`); `source` [size], the marks of the images that they are of.
+      Unless `distinct` also `centre` and `spread`, mean and standard deviation of the distances of
+      patches that are drawn beside them.
     """
     others = 0 if distinct else 2048  # what distances are measured of
     each = -(-(size + others) // len(images))
@@ -239,7 +257,7 @@ def remember_patches(
     x, places = jax.lax.map(some, (jax.random.split(position_key, len(images)), images))
     x, places = (a.reshape(-1, a.shape[-1]) for a in (x, places))
     order = jax.random.permutation(order_key, len(x))
-    x, places = x[order], places[order]
+    x, places, marks = x[order], places[order], jnp.repeat(marks, len(x) // len(images))[order]
     mean = jnp.mean(x, axis=0)
     variance, basis = jnp.linalg.eigh(jnp.cov(x, rowvar=False))  # from the smallest on
     basis = basis[:, ::-1][:, :components]
@@ -247,19 +265,27 @@ def remember_patches(
     x = x - mean
     patches = jnp.concatenate([x @ basis, place * places], axis=-1)[:size]
     memory = {"basis": basis, "patches": patches, "place": place}
+    about = {"mean": mean, "source": marks[:size]}
     if distinct:
-        return memory | {"mean": mean}
+        return memory | about
     distances = nearest_distance(x[size:], places[size:], **memory)
-    return memory | {"mean": mean, "centre": jnp.mean(distances), "spread": jnp.std(distances)}
+    return memory | about | {"centre": jnp.mean(distances), "spread": jnp.std(distances)}
 
 
 def nearest_distance(
-    x: Array, coords: Array, *, basis: Array, patches: Array, place: Array
+    x: Array,
+    coords: Array,
+    *,
+    basis: Array,
+    patches: Array,
+    place: Array,
+    left_out: Array | bool = False,
 ) -> Array:
     """Returns the distance of descriptors [..., d] to the nearest of the remembered `patches`.
 
     `x` are descriptors minus their mean, `coords` [..., 2] where they lie; the others are those of
-    `remember_patches`. What the principal components leave over counts in full.
+    `remember_patches`. What the principal components leave over counts in full. Patches that are
+    `left_out`, bool [size], are not among those that are remembered.
     """
     exact = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # differences of large numbers
     code = exact(x, basis)
@@ -268,13 +294,15 @@ def nearest_distance(
     code = jnp.concatenate([code, coords], axis=-1)
     # As one matrix: on a CPU a third of the time that the minimum over [rows, columns, size] takes.
     products = exact(code.reshape(-1, code.shape[-1]), patches.T)
-    squared = jnp.min(jnp.sum(patches**2, axis=-1) - 2 * products, axis=-1).reshape(rest.shape)
+    known = jnp.where(left_out, jnp.inf, jnp.sum(patches**2, axis=-1))
+    squared = jnp.min(known - 2 * products, axis=-1).reshape(rest.shape)
     return jnp.sqrt(jnp.maximum(squared + jnp.sum(code**2, axis=-1) + rest, 0.0))
 
 
 def patch_distances(
     memory: Mapping[str, Array],
     images: Array,
+    marks: Array | None = None,
     *,
     patch: int = PATCH,
     stride: int = STRIDE,
@@ -282,17 +310,23 @@ def patch_distances(
 ) -> Array:
     """Returns the distance of each patch of the images to the nearest in memory: [b, h/4, w/4].
 
-    With `shift`, of each patch as if it lay so many patches further down and to the right.
+    With `marks` [b], to the nearest that is of another image, if any is: as far as it would be if
+    the image itself were not remembered. With `shift`, of each patch as if it lay so many patches
+    further down and to the right.
     """
     known = {name: memory[name] for name in ("basis", "patches", "place")}
+    marks = jnp.full(len(images), jnp.nan) if marks is None else marks  # nan: no image's
 
-    def of_one(image: Array) -> Array:
+    def of_one(args: tuple[Array, Array]) -> Array:
+        image, mark = args
+        own = memory["source"] == mark
         x, coords = describe_patches(image[None], patch=patch, stride=stride)
         coords = jnp.roll(coords, (-shift, -shift), axis=(0, 1))
-        return nearest_distance(x[0] - memory["mean"], coords, **known)
+        left_out = own & ~jnp.all(own)
+        return nearest_distance(x[0] - memory["mean"], coords, left_out=left_out, **known)
 
     # Image by image: every patch of a batch against all of the memory would be gigabytes.
-    return jax.lax.map(of_one, images)
+    return jax.lax.map(of_one, (images, marks))
 
 
 def average_precision(scores: Array, labels: Array) -> Array:
@@ -325,10 +359,11 @@ def thin_out(memory: dict[str, Array], size: int) -> dict[str, Array]:
         # By the norms and a product: on a CPU less than half the time that the differences take.
         products = jnp.matmul(patches, patches[farthest], precision=jax.lax.Precision.HIGHEST)
         squared = jnp.minimum(squared, norms + norms[farthest] - 2 * products)
-        return squared, chosen.at[i].set(patches[farthest])
+        return squared, chosen.at[i].set(farthest)
 
-    start = jnp.full(len(patches), jnp.inf), jnp.zeros((size, patches.shape[1]))
-    return memory | {"patches": jax.lax.fori_loop(0, size, choose, start)[1]}
+    start = jnp.full(len(patches), jnp.inf), jnp.zeros(size, jnp.int32)
+    _, chosen = jax.lax.fori_loop(0, size, choose, start)
+    return memory | {"patches": patches[chosen], "source": memory["source"][chosen]}
 
 
 def calibrate(memory: dict[str, Array], good: Array) -> dict[str, Array]:
@@ -375,8 +410,7 @@ class PatchMemory(nn.Module):
 
     What has no counterpart among good parts stands out without having been seen as a synthetic
     defect. The patches are parameters that are set when the module is initialised, from the images
-    it is initialised with, and that no gradient changes; `train.create_parts` sets those that are
-    recalled anew.
+    it is initialised with, and that no gradient changes; `train.create_parts` sets them anew.
     """
 
     size: int
@@ -386,10 +420,11 @@ class PatchMemory(nn.Module):
     stride: int = STRIDE
 
     @nn.compact
-    def __call__(self, images: Array) -> Array:
+    def __call__(self, images: Array, marks: Array | None = None) -> Array:
         """Maps images [b, h, w, c] to distances [b, h/4, w/4] in float32.
 
-        In standard deviations above the mean of good patches, from -3 to 10.
+        In standard deviations above the mean of good patches, from -3 to 10. `marks` [b]: see
+        `patch_distances`.
         """
         cut = {"patch": self.patch, "stride": self.stride}
         remember = partial(
@@ -399,8 +434,9 @@ class PatchMemory(nn.Module):
             coords=self.coords,
             **cut,
         )
-        memory = jax.lax.stop_gradient(self.param("memory", remember, images))
-        distances = patch_distances(memory, images, **cut)
+        of = jnp.arange(len(images), dtype=jnp.float32) if marks is None else marks
+        memory = jax.lax.stop_gradient(self.param("memory", remember, images, of))
+        distances = patch_distances(memory, images, marks, **cut)
         return jnp.clip((distances - memory["centre"]) / (memory["spread"] + 1e-6), -3, 10)
 
 
@@ -427,13 +463,19 @@ class Generator(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, images: Array, *, recall: bool = True) -> tuple[Array, Array]:
+    def __call__(
+        self, images: Array, marks: Array | None = None, *, recall: bool = True
+    ) -> tuple[Array, Array]:
         """Returns the map's logits [b, h, w] and the reconstruction [b, h, w, 3], both float32.
 
-        The map head sees the distances of a memory. With `recall`, those of two others are added to
-        what it says, the second of patches twice as large: of parts that lie where they should not.
-        Training does without: the head learns to see for itself, and what it has learned from
+        The map head sees the distances of a memory. With `recall` they are added to what it says,
+        and those of a second memory, of patches twice as large: of parts that lie where they should
+        not. Training does without: the head learns to see for itself, and what it has learned from
         synthetic defects alone cannot talk it out of what the memories say.
+
+        In training `marks` [b] say which images these are made of (`image_marks`), and the distance
+        is to patches of others: an image that is remembered has no unusual patches, and the head
+        would take those of any other for defects.
         """
         check_size(images.shape[1:3], self.depth)
         x = 2 * images - 1
@@ -448,12 +490,12 @@ class Generator(nn.Module):
         head = MapHead(self.width, self.depth, self.dtype)
         if not self.memory:
             return head(x), reconstruction
-        distances = PatchMemory(self.memory, coords=self.coords)(images)
         b, h, w = images.shape[:3]
-        logits = head(x, jax.image.resize(distances, (b, h // 2, w // 2), "bilinear")[..., None])
+        fine = PatchMemory(self.memory, coords=self.coords)(images, marks)
+        logits = head(x, jax.image.resize(fine, (b, h // 2, w // 2), "bilinear")[..., None])
         if recall:
-            for scaled, weight in zip((images, halve(images)), RECALL, strict=True):
-                distances = PatchMemory(self.memory, coords=self.coords)(scaled)
+            coarse = PatchMemory(self.memory, coords=self.coords)(halve(images))
+            for distances, weight in zip((fine, coarse), RECALL, strict=True):
                 logits += weight * jax.image.resize(distances, (b, h, w), "bilinear")
         return logits, reconstruction
 

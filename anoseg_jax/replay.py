@@ -39,6 +39,7 @@ def step(
     good: Array,
     defective: Array,
     masks: Array,
+    marks: Array,
     *,
     generator: nn.Module,
     discriminator: nn.Module,
@@ -53,6 +54,7 @@ def step(
       good: images [b, h, w, 3] in [0, 1].
       defective: the same with defects.
       masks: of these, [b, h, w].
+      marks: of the images that they are made of, [b].
       generator: the generator's module.
       discriminator: the discriminator's module.
       optimizers: that keep their gradients.
@@ -70,6 +72,7 @@ def step(
         good: Array,
         defective: Array,
         masks: Array,
+        marks: Array,
     ) -> tuple:
         totals, terms = train.loss_fn(
             generator_params,
@@ -77,13 +80,14 @@ def step(
             good,
             defective,
             masks,
+            marks,
             generator=generator,
             discriminator=discriminator,
             loss=loss,
         )
         # The compiler finds that these are the same as the loss's.
         logits, reconstructions = generator.apply(
-            {"params": generator_params}, defective, recall=False
+            {"params": generator_params}, defective, marks, recall=False
         )
         judge = partial(discriminator.apply, {"params": discriminator_params})
         outputs = {
@@ -97,7 +101,7 @@ def step(
     state, metrics = train.update_players(
         state,
         players_loss,
-        (good, defective, masks),
+        (good, defective, masks, marks),
         optimizers=optimizers,
         ema_decay=ema_decay,
         accumulate=1,
@@ -106,7 +110,8 @@ def step(
     return state, metrics, metrics.pop("outputs")
 
 
-MEMORIES = ("generator.memory.", "generator.fine_memory.", "generator.coarse_memory.")
+EXAMPLES = ("good", "defective", "masks", "marks")
+MEMORIES = ("generator.memory.", "generator.coarse_memory.")
 
 
 def by_name(state: TrainState) -> dict[str, dict[str, np.ndarray]]:
@@ -195,7 +200,7 @@ def export(
     for number, batch in zip(range(1, config.num_steps + 1), batches, strict=False):
         examples = draw(jax.random.fold_in(parts.draw_key, number - 1), batch, 0)
         state, metrics, outputs = run_step(state, *examples)
-        named = dict(zip(("good", "defective", "masks"), map(in_nchw, examples), strict=True))
+        named = dict(zip(EXAMPLES, map(in_nchw, examples), strict=True))
         torch_weights.save(folder / f"batch_{number:05}.safetensors", named, {})
         line = {"step": number, "learning_rate": float(parts.schedule(number - 1))}
         steps.append(line | {name: float(value) for name, value in metrics.items()})

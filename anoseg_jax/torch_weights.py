@@ -32,8 +32,7 @@ NAMES = (
     (r"\bReconstructor_0\b", "reconstructor"),
     (r"\bMapHead_0\b", "map_head"),
     (r"\bPatchMemory_0\.memory\b", "memory"),
-    (r"\bPatchMemory_1\.memory\b", "fine_memory"),
-    (r"\bPatchMemory_2\.memory\b", "coarse_memory"),
+    (r"\bPatchMemory_1\.memory\b", "coarse_memory"),
     (r"\.(kernel|scale)$", ".weight"),
 )
 

@@ -66,7 +66,7 @@ def draw_examples(
     augment_fn: Callable,
     defect_fn: Callable,
     axis_name: str | None = None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array]:
     """Makes training examples of good images.
 
     Args:
@@ -79,7 +79,8 @@ def draw_examples(
       axis_name: of the `jax.pmap` this runs in; None outside one.
 
     Returns:
-      Good images [b, h, w, 3] in [0, 1], the same with defects, and the defect masks [b, h, w].
+      Good images [b, h, w, 3] in [0, 1], the same with defects, the defect masks [b, h, w], and
+      what tells the images that they are made of from others [b] (`models.image_marks`).
     """
 
     def draw(index: Array, image: Array, other: Array) -> tuple[Array, Array, Array]:
@@ -87,9 +88,10 @@ def draw_examples(
         good = augment_fn(augment_key, image)
         return good, *defect_fn(defect_key, good, other=other)
 
+    marks = models.image_marks(images)
     images = images.astype(jnp.float32) / 255
     others = predecessors(images, axis_name)
-    return jax.vmap(draw)(first + jnp.arange(len(images)), images, others)
+    return *jax.vmap(draw)(first + jnp.arange(len(images)), images, others), marks
 
 
 def loss_fn(
@@ -98,6 +100,7 @@ def loss_fn(
     good: Array,
     defective: Array,
     masks: Array,
+    marks: Array,
     *,
     generator: nn.Module,
     discriminator: nn.Module,
@@ -106,11 +109,11 @@ def loss_fn(
 ) -> tuple[tuple[Array, Array], dict[str, Array]]:
     """Returns the losses of the generator and of the discriminator, and each term by name.
 
-    `loss` is `config.loss`; `remat`: see `models.applied`. Terms whose weight is zero are not
-    computed and have no name.
+    The examples are those of `draw_examples`; `loss` is `config.loss`; `remat`: see
+    `models.applied`. Terms whose weight is zero are not computed and have no name.
     """
     generate = models.applied(generator, remat=remat, recall=False)
-    logits, reconstructions = generate(generator_params, defective)
+    logits, reconstructions = generate(generator_params, defective, marks)
     terms = {
         "loss_segmentation": losses.SEGMENTATION[loss["segmentation"]](logits=logits, masks=masks)
     }
@@ -447,24 +450,26 @@ def create_parts(config: ConfigDict) -> Parts:
     @jax.jit
     def create_state(key: Array, images: Array) -> TrainState:
         examples = draw_examples(jax.random.fold_in(key, 3), images, 0, **draw)
-        kept = -(-3 * len(images) // 4)  # The memories are of these; the others weigh them.
+        kept = -(-3 * len(images) // 4)
         state = train_state.create_state(key, examples[0][:kept], **players)
         size = config.model.memory
         if not size:
             return state
-        # What the head sees in training is of images as they are in training. What is recalled is
-        # of images as they are: a small rotation alone makes them softer than those to be judged.
-        seen, weight = state.generator["PatchMemory_0"]["memory"], 0.0
+        weight = 0.0
         if config.model.coords:
-            good, defective, masks = (array[kept:] for array in examples)
-            weight = models.choose_place(seen, good, defective, masks)
-            seen = models.calibrate(models.weigh_place(seen, weight), good)
-        memories = {"PatchMemory_0": {"memory": seen}}
-        plain = images.astype(jnp.float32) / 255
-        for index, scaled in enumerate((plain, models.halve(plain)), 1):
+            # By a first memory, of some images as they are in training; the others weigh it.
+            first = state.generator["PatchMemory_0"]["memory"]
+            good, defective, masks, _ = (array[kept:] for array in examples)
+            weight = models.choose_place(first, good, defective, masks)
+        # Those that stay are of images as they are: a small rotation alone makes them softer than
+        # those to be judged.
+        plain, marks = images.astype(jnp.float32) / 255, examples[-1]
+        memories = {}
+        for index, scaled in enumerate((plain, models.halve(plain))):
             memory = models.remember_patches(
-                jax.random.fold_in(key, 3 + index),
+                jax.random.fold_in(key, 4 + index),
                 scaled[:kept],
+                marks[:kept],
                 size=models.CANDIDATES * size,
                 coords=config.model.coords,
                 distinct=True,
@@ -666,7 +671,7 @@ def fit(
         examples = jax.device_get(draw(jax.random.fold_in(parts.draw_key, step), images, 0))
         seen = np.round(255 * examples[1]).astype(np.uint8)
         maps, _, reconstructions = predict_fn(state.ema, seen)
-        rows = draw_panel(*examples, maps, reconstructions)
+        rows = draw_panel(*examples[:3], maps, reconstructions)
         return {"good|defective|mask|map|reconstruction": rows}
 
     def first_images() -> np.ndarray:

@@ -119,11 +119,12 @@ class Case:
         masks[:, : side // 8, : side // 8] = 1
         defective = np.where(masks[..., None] > 0, 1 - good, good)
         self.uint8 = np.uint8(255 * good)
-        self.batch = [jnp.asarray(array, jnp.float32) for array in (good, defective, masks)]
+        batch = good, defective, masks, np.arange(self.batch_size)
+        self.batch = [jnp.asarray(array, jnp.float32) for array in batch]
         self.twin_batch = [tensor(array) for array in self.batch]
         # The twin draws the weights; it has no patches of its own.
         generator, discriminator = torch_reference.create(config)
-        for memory in (generator.memory, generator.fine_memory, generator.coarse_memory):
+        for memory in (generator.memory, generator.coarse_memory):
             for array in memory.buffers():
                 array += torch.from_numpy(rng.normal(size=array.shape).astype(np.float32))
         self.training = torch_reference.Training(generator, discriminator, config)
@@ -153,11 +154,11 @@ class Case:
         """Returns one training step on a batch that is drawn."""
         networks = {name: self.keywords[name] for name in ("generator", "discriminator", "loss")}
 
-        def step(state: train.TrainState, good: jax.Array, defective: jax.Array, masks: jax.Array):
+        def step(state: train.TrainState, *batch: jax.Array):
             return train.update_players(
                 state,
                 partial(train.loss_fn, **networks),
-                (good, defective, masks),
+                batch,
                 optimizers=self.keywords["optimizers"],
                 ema_decay=self.config.ema_decay,
                 accumulate=1,
@@ -201,8 +202,8 @@ class Case:
         """Returns what a step is made of: forward, and forward and backward to the weights."""
         generator, twin = self.params["generator"], self.training.generator
         model, depth, width = self.config.model, self.config.model.depth, self.config.model.width
-        good, defective, masks = self.batch
-        twin_good, twin_defective, twin_masks = self.twin_batch
+        good, defective, masks, _ = self.batch
+        twin_good, twin_defective, twin_masks, _ = self.twin_batch
         x = models.add_coords(2 * good - 1)
         seen = jnp.concatenate([x, 2 * defective - 1, 4 * jnp.abs(good - defective)], axis=-1)
         beside = jnp.zeros((*[n // 2 if i else n for i, n in enumerate(masks.shape)], 1))

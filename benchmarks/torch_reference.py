@@ -205,6 +205,7 @@ class PatchMemory(nn.Module):
         self.register_buffer("mean", torch.zeros(values))
         self.register_buffer("basis", torch.zeros(values, COMPONENTS))
         self.register_buffer("patches", torch.zeros(size, COMPONENTS + 2))
+        self.register_buffer("source", torch.zeros(size))
         self.register_buffer("place", torch.zeros(()))
         self.register_buffer("centre", torch.zeros(()))
         self.register_buffer("spread", torch.zeros(()))
@@ -221,8 +222,11 @@ class PatchMemory(nn.Module):
         x = x - x.mean(dim=-1, keepdim=True)
         return x / (x.square().mean(dim=-1, keepdim=True).sqrt() + 0.1)
 
-    def distances(self, x: Tensor) -> Tensor:
-        """Maps an image's patches [rows, columns, d] to their distances [rows, columns]."""
+    def distances(self, x: Tensor, left_out: Tensor) -> Tensor:
+        """Maps an image's patches [rows, columns, d] to their distances [rows, columns].
+
+        `left_out` [size] are those of the memory that do not count.
+        """
         like = {"dtype": x.dtype, "device": x.device}
         rows, columns = (torch.linspace(-1, 1, n, **like) for n in x.shape[:2])
         coords = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
@@ -230,16 +234,25 @@ class PatchMemory(nn.Module):
         code = x @ self.basis
         rest = x.square().sum(dim=-1) - code.square().sum(dim=-1)  # what the components leave over
         code = torch.cat([code, self.place * coords], dim=-1)
-        known = self.patches.square().sum(dim=-1)
+        known = self.patches.square().sum(dim=-1).masked_fill(left_out, torch.inf)
         products = torch.addmm(known, code.flatten(0, 1), self.patches.T, alpha=-2)
         squared = products.amin(dim=-1).view_as(rest)
         return (squared + code.square().sum(dim=-1) + rest).clamp(min=0).sqrt()
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Maps images [b, 3, h, w] to [b, h/4, w/4]: deviations above the mean of good patches."""
+    def forward(self, images: Tensor, marks: Tensor | None = None) -> Tensor:
+        """Maps images [b, 3, h, w] to [b, h/4, w/4]: deviations above the mean of good patches.
+
+        `marks` [b]: patches of the image itself do not count, unless there are no others.
+        """
+        own = images.new_full((len(images),), torch.nan) if marks is None else marks
+        left_out = self.source == own[:, None]
+        left_out &= ~left_out.all(dim=1, keepdim=True)
         # Image by image: every patch of a batch against all of the memory would be gigabytes.
-        distances = torch.stack([self.distances(x) for x in self.describe(images)])
+        patches = self.describe(images)
+        distances = torch.stack(
+            [self.distances(*one) for one in zip(patches, left_out, strict=True)]
+        )
         return ((distances - self.centre) / (self.spread + 1e-6)).clamp(-3, 10)
 
 
@@ -263,14 +276,16 @@ class Generator(nn.Module):
         self.reconstructor = Reconstructor(inputs, width, depth, latent) if reconstruct else None
         self.map_head = MapHead(inputs + 6 * reconstruct, width, depth, beside=int(memory > 0))
         self.memory = PatchMemory(memory) if memory else None
-        self.fine_memory = PatchMemory(memory) if memory else None
         self.coarse_memory = PatchMemory(memory) if memory else None
 
-    def forward(self, images: Tensor, *, recall: bool = True) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, marks: Tensor | None = None, *, recall: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Returns the map's logits [b, h, w] and the reconstruction [b, 3, h, w].
 
-        The map head sees the distances of a memory; with `recall` those of two others are added to
-        what it says, the second of patches twice as large. Training does without.
+        The map head sees the distances of a memory; with `recall` they are added to what it says,
+        and those of a second memory, of patches twice as large. Training does without, and says
+        with `marks` [b] which images these are made of: the memory does not know them then.
         """
         h, w = images.shape[2:]
         x = 2 * images - 1
@@ -284,9 +299,10 @@ class Generator(nn.Module):
             x = torch.cat([x, 2 * seen - 1, 4 * (images - seen).abs()], dim=1)
         if self.memory is None:
             return self.map_head(x), reconstruction
-        logits = self.map_head(x, resize(self.memory(images), (h // 2, w // 2))[:, None])
+        fine = self.memory(images, marks)
+        logits = self.map_head(x, resize(fine, (h // 2, w // 2))[:, None])
         if recall:
-            fine, coarse = self.fine_memory(images), self.coarse_memory(F.avg_pool2d(images, 2))
+            coarse = self.coarse_memory(F.avg_pool2d(images, 2))
             for distances, weight in zip((fine, coarse), RECALL, strict=True):
                 logits = logits + weight * resize(distances, (h, w))
         return logits, reconstruction
@@ -409,14 +425,16 @@ def training_losses(
     good: Tensor,
     defective: Tensor,
     masks: Tensor,
+    marks: Tensor,
     loss: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Returns the losses of the generator and of the discriminator, and each term by name.
 
     `good` are images [b, 3, h, w], `defective` the same with synthetic defects, `masks` [b, h, w]
-    where these are, `loss` the config's "loss". A term whose weight is zero is not computed.
+    where these are, `marks` [b] of the images that they are made of, `loss` the config's "loss".
+    A term whose weight is zero is not computed.
     """
-    logits, reconstructions = generator(defective, recall=False)
+    logits, reconstructions = generator(defective, marks, recall=False)
     terms = {"loss_segmentation": segmentation_loss(logits, masks, loss["segmentation"])}
     total = loss["segmentation_weight"] * terms["loss_segmentation"]
     if loss["reconstruction_weight"]:
@@ -492,10 +510,12 @@ class Training:
             ),
         }
 
-    def step(self, good: Tensor, defective: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    def step(
+        self, good: Tensor, defective: Tensor, masks: Tensor, marks: Tensor
+    ) -> dict[str, Tensor]:
         """Updates both players from one forward pass; returns losses and gradient norms."""
         total, discriminator_total, terms = training_losses(
-            self.generator, self.discriminator, good, defective, masks, self.config["loss"]
+            self.generator, self.discriminator, good, defective, masks, marks, self.config["loss"]
         )
         players = {"generator": self.generator, "discriminator": self.discriminator}
         # Each player takes the gradient of its own loss by its own parameters.

@@ -83,7 +83,7 @@ class Ours:
     def step(self, batch: Arrays) -> tuple[dict[str, Arrays], dict[str, float]]:
         """Returns what there is after a step, by kind and name, and the losses."""
         images = (batch[name].transpose(0, 2, 3, 1) for name in ("good", "defective"))
-        self.state, metrics, outputs = self.run(self.state, *images, batch["masks"])
+        self.state, metrics, outputs = self.run(self.state, *images, batch["masks"], batch["marks"])
         outputs = {name: replay.in_nchw(outputs[name]) for name in OUTPUTS}
         losses = {name: float(value) for name, value in metrics.items()}
         return {"outputs": outputs} | replay.by_name(self.state), losses
@@ -109,7 +109,7 @@ class Twin:
         """As `Ours.step`."""
         self.outputs.clear()
         named = {name: torch.from_numpy(x).to(self.dtype) for name, x in batch.items()}
-        metrics = self.training.step(named["good"], named["defective"], named["masks"])
+        metrics = self.training.step(*(named[name] for name in replay.EXAMPLES))
         (logits, reconstructions), *judged = self.outputs
         outputs = dict(zip(OUTPUTS, (logits, reconstructions, *judged), strict=False))
         kinds = {"outputs": outputs} | self.by_name()

@@ -1,4 +1,4 @@
-"""The same method sized for two CPU cores: 128x128, about twenty minutes a category on one of them.
+"""The same method sized for two CPU cores: 128x128, 10 to 20 minutes a category on one of them.
 
 python launch.py --config=configs/cpu.py:screw --config.data_dir=DIR --workdir=W
 """
@@ -17,7 +17,7 @@ def get_config(categories: str = "all") -> ConfigDict:
     config.detector.width = 16
     config.detector.num_steps = 200
     config.batch_size = 16
-    config.num_steps = 600
+    config.num_steps = 500
     config.warmup_steps = 50
     config.checkpoint_every = 100
     config.log_every = 20

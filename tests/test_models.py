@@ -86,7 +86,7 @@ def test_the_map_is_drawn_without_coordinates_and_reconstruction_when_they_are_o
     generator, _ = models.create(other.model, other.loss)
     images = jax.random.uniform(jax.random.key(1), (1, 16, 16, 3))
     variables = jax.jit(generator.init)(jax.random.key(0), images)
-    memories = {"PatchMemory_0", "PatchMemory_1", "PatchMemory_2"}
+    memories = {"PatchMemory_0", "PatchMemory_1"}
     assert set(variables["params"]) == memories | {"MapHead_0"}
     assert variables["params"]["PatchMemory_0"]["memory"]["place"] == 0
     assert variables["params"]["MapHead_0"]["ConvBlock_0"]["Conv_0"]["kernel"].shape[2] == 4 * 3 + 1
@@ -148,7 +148,9 @@ def test_patches_are_the_images_own_without_mean_and_contrast():
 def test_distances_are_to_the_nearest_remembered_patch():
     images = jax.random.uniform(jax.random.key(0), (6, 32, 32, 3))
     options = {"components": 5, "patch": 4, "stride": 2}
-    memory = models.remember_patches(jax.random.key(1), images, size=40, coords=True, **options)
+    memory = models.remember_patches(
+        jax.random.key(1), images, jnp.arange(len(images)), size=40, coords=True, **options
+    )
     centre, spread = memory.pop("centre"), memory.pop("spread")
     assert memory["patches"].shape == (40, 7) and centre > 0 and spread > 0
     x, coords = models.describe_patches(images[:1], patch=4, stride=2)
@@ -167,17 +169,51 @@ def test_distinct_patches_are_not_drawn_twice_and_no_more_than_there_are():
     images = jax.random.uniform(jax.random.key(0), (3, 32, 48, 3))
     for size, drawn in ((50, 50), (9999, 3 * 8 * 12)):
         known = models.remember_patches(
-            jax.random.key(1), images, size=size, coords=True, distinct=True
+            jax.random.key(1), images, jnp.arange(3), size=size, coords=True, distinct=True
         )
+        np.testing.assert_array_equal(np.unique(known["source"]), [0, 1, 2])
         assert len(np.unique(known["patches"], axis=0)) == len(known["patches"]) == drawn
 
 
 def test_a_memory_that_is_thinned_out_keeps_the_patches_that_are_far_from_each_other():
     patches = jnp.array([[0.0, 0], [0, 1], [0, 1.1], [9, 0], [9, 0.5], [4, 0]])
-    kept = models.thin_out({"patches": patches, "place": jnp.ones(())}, 4)
+    memory = {"patches": patches, "source": jnp.arange(6), "place": jnp.ones(())}
+    kept = models.thin_out(memory, 4)
     assert kept["place"] == 1
     # From the first on: 9.01 away from it, then 4 from both, then 1.1.
-    np.testing.assert_array_equal(kept["patches"], patches[jnp.array([0, 4, 5, 2])])
+    np.testing.assert_array_equal(kept["source"], [0, 4, 5, 2])
+    np.testing.assert_array_equal(kept["patches"], patches[kept["source"]])
+
+
+def test_with_marks_a_memory_does_not_know_the_image_itself():
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.integers(0, 256, (3, 32, 48, 3)), jnp.uint8)
+    plain, marks = images / 255, models.image_marks(images)
+    memory = models.remember_patches(
+        jax.random.key(1), plain, marks, size=9999, coords=True, distinct=True
+    )
+    of_others = memory["source"] != marks[0]
+    others = memory | {name: memory[name][of_others] for name in ("patches", "source")}
+    expected = models.patch_distances(others, plain[:1])
+    found = models.patch_distances(memory, plain, marks)
+    np.testing.assert_allclose(found[:1], expected, rtol=1e-4)
+    known = models.patch_distances(memory, plain)
+    np.testing.assert_array_less(known, found)
+    # Where no other image is remembered, itself is better than nothing.
+    alone = memory | {"source": jnp.full_like(memory["source"], marks[0])}
+    np.testing.assert_allclose(models.patch_distances(alone, plain, marks), known, atol=1e-5)
+
+
+def test_images_have_a_mark_of_their_own_that_a_pixel_changes():
+    images = np.random.default_rng(0).integers(0, 256, (500, 8, 8, 3), dtype=np.uint8)
+    images[1] = images[0]
+    images[1, 5, 5, 2] ^= 1
+    images[2] = images[0][:, ::-1]
+    images[3] = images[0]
+    marks = np.asarray(models.image_marks(images))
+    assert marks[3] == marks[0]
+    assert len(np.unique(marks)) == 499
+    assert np.all((marks == np.round(marks)) & (marks >= 0) & (marks < 2**24))
 
 
 def test_average_precision_is_scikit_learns_and_leaves_out_what_is_not_labelled():
@@ -206,7 +242,7 @@ def test_the_place_of_a_patch_counts_where_all_parts_lie_alike(aligned):
     defective = np.where(masks[..., None] == 1, elsewhere, good)
     options = {"components": 16, "patch": models.PATCH, "stride": models.STRIDE}
     memory = models.remember_patches(
-        jax.random.key(0), jnp.asarray(good[:48]), size=600, coords=True, **options
+        jax.random.key(0), jnp.asarray(good[:48]), jnp.arange(48), size=600, coords=True, **options
     )
     weight = models.choose_place(memory, good[48:], defective[48:], masks[48:])
     assert (weight >= 1) == aligned
@@ -229,10 +265,10 @@ def test_the_memories_know_what_they_were_initialised_with_and_training_does_wit
     )
     added = np.asarray(with_memory - without)
     expected = 0.0
-    for index, images in enumerate((marred, models.halve(marred)), 1):
+    for index, images in enumerate((marred, models.halve(marred))):
         known = {"params": params[f"PatchMemory_{index}"]}
         distances = models.PatchMemory(64).apply(known, images)
-        weight = models.RECALL[index - 1]
+        weight = models.RECALL[index]
         expected += weight * jax.image.resize(distances, added.shape, "bilinear")
     np.testing.assert_allclose(added, expected, atol=1e-4)
     assert added[:, 14:18, 14:18].min() > added[:, :4].max() + 0.5

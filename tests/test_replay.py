@@ -51,6 +51,7 @@ def test_losses_and_weights_are_those_of_training(tmp_path):
         "good": (4, 3, 32, 48),
         "defective": (4, 3, 32, 48),
         "masks": (4, 32, 48),
+        "marks": (4,),
     }
     np.testing.assert_allclose(batch["good"].transpose(0, 2, 3, 1), IMAGES[4:] / 255, atol=1e-6)
     first, _ = torch_weights.load(tmp_path / "first_step.safetensors")

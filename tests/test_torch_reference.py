@@ -117,7 +117,7 @@ def test_without_adversarial_loss_the_discriminator_stays():
     before, twice = ([p.clone() for p in training.discriminator.parameters()] for _ in "12")
     moved = [p.clone() for p in training.generator.parameters()]
     images = torch.rand(2, 3, 32, 48)
-    metrics = training.step(images, images, torch.zeros(2, 32, 48))
+    metrics = training.step(images, images, torch.zeros(2, 32, 48), torch.zeros(2))
     assert "loss_adversarial" not in metrics
     assert all(map(torch.equal, before, training.discriminator.parameters()))
     assert not all(map(torch.equal, moved, training.generator.parameters()))
@@ -179,4 +179,5 @@ def test_the_twins_maps_and_scores_have_the_same_metrics(folder):
     )
     compared = dict(numbers(ours))
     assert {"pixel_ap", "au_pro", "image_scores.detector.image_auroc"} <= compared.keys()
-    assert dict(numbers(twins)) == pytest.approx(compared, abs=1e-6)
+    # Pixels that are closer to each other than rounding may stand in another order.
+    assert dict(numbers(twins)) == pytest.approx(compared, abs=1e-4)
