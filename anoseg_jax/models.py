@@ -434,8 +434,8 @@ class PatchMemory(nn.Module):
             coords=self.coords,
             **cut,
         )
-        of = jnp.arange(len(images), dtype=jnp.float32) if marks is None else marks
-        memory = jax.lax.stop_gradient(self.param("memory", remember, images, of))
+        source = jnp.arange(len(images), dtype=jnp.float32) if marks is None else marks
+        memory = jax.lax.stop_gradient(self.param("memory", remember, images, source))
         distances = patch_distances(memory, images, marks, **cut)
         return jnp.clip((distances - memory["centre"]) / (memory["spread"] + 1e-6), -3, 10)
 
