@@ -105,28 +105,31 @@ def main(argv):
     except (flags.Error, OSError, TypeError, ValueError) as error:
         lines = str(error).strip().splitlines()  # of a traceback, the last one says what is wrong
         return complain(lines[-1] if "Traceback" in str(error) else " ".join(lines))
-    from anoseg_jax import UsageError, job
+    from anoseg_jax import UsageError
+    from anoseg_jax.running import distributed
 
     try:
         if FLAGS.mode in ("train", "evaluate"):
             at = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
             if FLAGS.distributed or at != (None, None, None):
-                job.start(*at)
-                if not job.is_first():
+                distributed.start(*at)
+                if not distributed.is_main_process():
                     sys.stdout = Path(os.devnull).open("w")  # one of them speaks
-            job.stop_on_signals()
+            distributed.stop_on_signals()
         code = run(FLAGS.mode, FLAGS.config, Path(FLAGS.workdir or "."), runs)
-    except job.Stopped as stopped:
-        code = complain(f"{stopped}; everything is saved: the same command goes on", job.STOPPED)
+    except distributed.Stopped as stopped:
+        code = complain(
+            f"{stopped}; everything is saved: the same command goes on", distributed.STOPPED
+        )
     except UsageError as error:
         code = complain(error)
     except OSError as error:
         code = complain(f"{error}; what is saved in {FLAGS.workdir} stays, and is gone on from")
     except Exception as error:
-        if not job.is_distributed():
+        if not distributed.is_distributed():
             raise
-        code = complain(job.deserted(error), job.DESERTED)
-    job.leave(code)
+        code = complain(distributed.peer_failed(error), distributed.PEER_FAILED)
+    distributed.leave(code)
 
 
 if __name__ == "__main__":

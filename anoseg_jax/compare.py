@@ -20,7 +20,8 @@ import numpy as np
 from etils.epath import Path
 from scipy import ndimage
 
-from anoseg_jax import UsageError, files, metrics
+from anoseg_jax import UsageError, metrics
+from anoseg_jax.running import files
 
 CONFIDENCE = 0.95
 # Where the files of the images put a metric farther than this from results.json, they are too

@@ -15,7 +15,7 @@ from scipy import stats
 
 from anoseg_jax import compare, report
 from anoseg_jax.evaluate import as_shown, read_results
-from anoseg_jax.files import write_text
+from anoseg_jax.running.files import write_text
 
 SHOWN = 6  # images of a category and kind of disagreement
 MAX_SHOWN = 240  # of a page: about 12 MB

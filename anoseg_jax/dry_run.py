@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from anoseg_jax import UsageError, detector, models, options, train, train_state
+from anoseg_jax import UsageError, options
+from anoseg_jax.method import detector, models, train, train_state
 
 # Trainings that agree in these are the same program, but for config.augment, which costs little.
 OF_THE_PROGRAM = "image_size batch_size accumulate remat model loss detector defects".split()

@@ -16,10 +16,11 @@ import numpy as np
 from etils.epath import Path
 from PIL import Image
 
-from anoseg_jax import baselines, metrics, predict
-from anoseg_jax.checkpoint import params_sha256
-from anoseg_jax.files import write_bytes, write_text
-from anoseg_jax.predict import DetectorPredictor, Predictor
+from anoseg_jax import baselines, metrics
+from anoseg_jax.method import predict
+from anoseg_jax.method.predict import DetectorPredictor, Predictor
+from anoseg_jax.running.checkpoint import params_sha256
+from anoseg_jax.running.files import write_bytes, write_text
 
 # The columns of results.md and what their mean is taken of.
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "iou", "pixel_f1_max", "au_pro")

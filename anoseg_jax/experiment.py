@@ -12,23 +12,10 @@ import numpy as np
 from etils.epath import Path
 from ml_collections import ConfigDict
 
-from anoseg_jax import (
-    ablation,
-    checkpoint,
-    detector,
-    evaluate,
-    input_pipeline,
-    job,
-    options,
-    peers,
-    pictures,
-    predict,
-    replay,
-    report,
-    shards,
-    train,
-    train_log,
-)
+from anoseg_jax import ablation, evaluate, input_pipeline, options, peers, pictures, report, shards
+from anoseg_jax.interop import replay
+from anoseg_jax.method import detector, predict, train
+from anoseg_jax.running import checkpoint, distributed, train_log
 
 Splits = tuple[Any, Any]  # (train, test): tf.data sets, see input_pipeline.load_arrays
 
@@ -73,7 +60,7 @@ def run_maps(config: ConfigDict, folder: Path, splits: Splits) -> dict:
             top_fraction=config.evaluate.top_fraction,
             native_masks=masks,
         )
-    if job.is_first():
+    if distributed.is_main_process():
         evaluate.write_text(folder / "config.json", config.to_json(indent=2) + "\n")
         evaluate.write_evaluation(folder, evaluation, arrays)
         pictures.write_pictures(folder / "pictures", evaluation, arrays, config.evaluate.pictures)
@@ -84,7 +71,7 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
     """Trains (if `training`) and evaluates one category in `folder`; returns its results."""
     if config.maps_dir:
         return run_maps(config, folder, splits)
-    first = job.is_first()
+    first = distributed.is_main_process()
     if training:
         images = input_pipeline.load_arrays(splits[0], config.image_size)["image"]
         images_sha256 = hashlib.sha256(images.tobytes()).hexdigest()
@@ -96,7 +83,7 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
             images,
             batch_size=config.batch_size,
             seed=config.seed,
-            rows=job.rows(config.batch_size),
+            rows=distributed.rows(config.batch_size),
         )
         train.fit(
             config,
@@ -107,11 +94,11 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
             images_sha256=images_sha256,
             writer=train_log.create_writer(folder) if first else None,
         )
-        job.stop_if_asked("after training")
+        distributed.stop_if_asked("after training")
         if config.detector.enabled:
             writer = train_log.create_writer(folder / "detector") if first else None
             detector.fit(config, batches, folder, held_out=held_out, writer=writer)
-            job.stop_if_asked("after training the detector")
+            distributed.stop_if_asked("after training the detector")
     predictor = predict.Predictor(
         folder,
         top_fraction=config.evaluate.top_fraction,
@@ -174,10 +161,10 @@ def run_seed(
     failures = []
     for name, of_category in splits.items():
         print(f"== {name}", flush=True)
-        job.stop_if_asked(f"before {name}")
+        distributed.stop_if_asked(f"before {name}")
         own, folder = options.of_category(config, name), workdir / name
         try:
-            with job.lock(folder):
+            with distributed.lock(folder):
                 results = run_category(own, folder, of_category, training=training)
         except (
             checkpoint.CheckpointError,
@@ -193,12 +180,12 @@ def run_seed(
             print(f"error: {failures[-1]}", file=sys.stderr)
             continue
         made = {"config": config.to_json(), "command": command}
-        if job.is_first() and alone:
+        if distributed.is_main_process() and alone:
             evaluate.write_results(workdir, name, results, **made)
-        elif job.is_first():
+        elif distributed.is_main_process():
             evaluate.write_category(folder, results, **made)
         print(evaluate.summary(name, results), flush=True)
-    if job.is_first() and alone and len(failures) < len(splits):
+    if distributed.is_main_process() and alone and len(failures) < len(splits):
         report.write_run(workdir)
         print(f"results: {workdir}/results.md; pictures and curves: {workdir}/report.html")
     return failures
@@ -228,7 +215,7 @@ def run_seeds(
         one, folder = with_seed(config, seed), shards.folder_of(workdir, seed=seed)
         failed = run_seed(one, folder, splits, training=training, command=command)
         failures += [f"seed {seed}: {line}" for line in failed]
-    if job.is_first() and shards.write_mean(workdir, config.seeds):
+    if distributed.is_main_process() and shards.write_mean(workdir, config.seeds):
         print(f"mean and spread over seeds: {workdir}/results.md")
     return failures
 
@@ -243,7 +230,7 @@ def run_shard(
     shard = options.shard_of(config.shard)
     command = re.sub(r" --config\.shard[= ]\S+", "", command)
     plan = shards.plan_of(config, list(splits), command)
-    if job.is_first():
+    if distributed.is_main_process():
         shards.write_plan(workdir, plan, shard)
     variants = options.of_variants(config, splits) or {"": config}
     failures = []
@@ -279,7 +266,7 @@ def run_variants(
         failed = run_seeds(variant, workdir / name, splits, training=training, command=command)
         failures += [f"{name}: {line}" for line in failed]
         done.append(name)
-        if job.is_first():
+        if distributed.is_main_process():
             plan = shards.plan_of(config, list(splits), command) | {"variants": done}
             table = shards.write_table(workdir, plan, failures)
             print(f"{ablation.as_markdown(table)}\nthe table: {workdir}/ablation.md", flush=True)
@@ -292,14 +279,14 @@ def run(
     """Runs the config, its variants, or a share of both, while `workdir` is locked.
 
     Returns a line for each category that failed. Raises UsageError if another job is at work in
-    `workdir`, and job.Stopped if a signal asks for it.
+    `workdir`, and distributed.Stopped if a signal asks for it.
     """
     for name in splits:
         options.of_category(config, name)  # refuses what cannot work, before the first is trained
     variants = options.of_variants(config, splits)
     options.use_compilation_cache(config.compilation_cache)
     how = {"training": training, "command": command}
-    with job.lock(workdir, shared=bool(config.shard)):
+    with distributed.lock(workdir, shared=bool(config.shard)):
         if config.shard:
             return run_shard(config, workdir, splits, **how)
         if variants:

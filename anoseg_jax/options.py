@@ -8,7 +8,8 @@ import jax
 from etils.epath import Path
 from ml_collections import ConfigDict
 
-from anoseg_jax import UsageError, defects, losses, models
+from anoseg_jax import UsageError
+from anoseg_jax.method import defects, losses, models
 
 # What all variants of a run share.
 OF_THE_COMMAND = (

@@ -18,7 +18,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from anoseg_jax import options, train  # noqa: E402
+from anoseg_jax import options
+from anoseg_jax.method import train  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/mvtec.py:screw", "Options.")
 REPEATS = flags.DEFINE_integer("repeats", 7, "Timed runs of each.")

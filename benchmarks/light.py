@@ -18,7 +18,8 @@ from ml_collections import config_flags
 from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from anoseg_jax import baselines, input_pipeline, options, predict  # noqa: E402
+from anoseg_jax import baselines, input_pipeline, options
+from anoseg_jax.method import predict  # noqa: E402
 from data import sources  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Options of the run.")

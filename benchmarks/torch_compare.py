@@ -29,7 +29,8 @@ import torch_reference  # noqa: E402
 import torch_replay  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from anoseg_jax import losses, models, predict, replay, torch_weights, train  # noqa: E402
+from anoseg_jax.interop import replay, torch_weights
+from anoseg_jax.method import losses, models, predict, train  # noqa: E402
 from configs import cpu  # noqa: E402
 
 Contest = tuple[Callable[[], object], Callable[[], object], float]  # ours, twin, FLOPs

@@ -2,8 +2,8 @@
 
 The same mathematics as anoseg_jax (models.py, losses.py, train.py, predict.py), written as a
 PyTorch user expects it: plain modules, NCHW. Images are float [b, 3, h, w] in [0, 1], anomaly maps
-and masks [b, h, w], 1 = anomalous. `anoseg_jax.torch_weights` gives the weights of a trained model
-as a `state_dict` of these modules; docs/pytorch.md says how.
+and masks [b, h, w], 1 = anomalous. `anoseg_jax.interop.torch_weights` gives the weights of a
+trained model as a `state_dict` of these modules; docs/pytorch.md says how.
 
 Not here: the synthetic defects, whose random numbers no other library draws alike (a comparison
 replays batches, `benchmarks/torch_replay.py`), and the making of the patch memories, which come
@@ -269,7 +269,7 @@ class Generator(nn.Module):
         reconstruct: bool = True,
         memory: int = 0,
     ) -> None:
-        """Attributes as of anoseg_jax.models.Generator."""
+        """Attributes as of anoseg_jax.method.models.Generator."""
         super().__init__()
         self.coords = coords
         inputs = 3 + 2 * coords
@@ -312,7 +312,7 @@ class Discriminator(nn.Module):
     """Tells real (image, anomaly map) pairs from generated ones, patch by patch."""
 
     def __init__(self, *, width: int = 32, depth: int = 4, coords: bool = True) -> None:
-        """Attributes as of anoseg_jax.models.Discriminator."""
+        """Attributes as of anoseg_jax.method.models.Discriminator."""
         super().__init__()
         self.coords = coords
         widths = level_widths(width, depth)
@@ -343,7 +343,7 @@ class Detector(nn.Module):
     def __init__(
         self, *, width: int = 32, depth: int = 4, latent: int = 32, coords: bool = True
     ) -> None:
-        """Attributes as of anoseg_jax.models.Detector."""
+        """Attributes as of anoseg_jax.method.models.Detector."""
         super().__init__()
         self.coords = coords
         self.reconstructor = Reconstructor(4 + 2 * coords, width, depth, latent, outputs=4)

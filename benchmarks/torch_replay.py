@@ -27,8 +27,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from anoseg_jax import evaluate, replay, torch_weights, train  # noqa: E402
-from anoseg_jax.train_state import Optimizers, TrainState  # noqa: E402
+from anoseg_jax import evaluate
+from anoseg_jax.interop import replay, torch_weights
+from anoseg_jax.method import train  # noqa: E402
+from anoseg_jax.method.train_state import Optimizers, TrainState  # noqa: E402
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402

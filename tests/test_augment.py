@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from anoseg_jax import augment
+from anoseg_jax.method import augment
 
 IMAGE = jax.random.uniform(jax.random.key(0), (9, 9, 3))
 

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from anoseg_jax import checkpoint
-from anoseg_jax.train_state import TrainState
+from anoseg_jax.method.train_state import TrainState
+from anoseg_jax.running import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -135,7 +135,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(directory):
     program = """
 import resource, sys
 import numpy as np
-from anoseg_jax import checkpoint
+from anoseg_jax.running import checkpoint
 try:
     with checkpoint.open_manager(sys.argv[1]) as manager:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))

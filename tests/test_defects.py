@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anoseg_jax import defects
+from anoseg_jax.method import defects
 from configs import default
 
 OPTIONS = {kind: default.get_config().defects[kind].to_dict() for kind in defects.DEFECTS}

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from anoseg_jax import dry_run, models, train
+from anoseg_jax import dry_run
+from anoseg_jax.method import models, train
 from configs import ablation, mvtec
 from configs import test as test_config
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anoseg_jax import evaluate, pictures, predict
+from anoseg_jax import evaluate, pictures
+from anoseg_jax.method import predict
 
 
 class FixedPredictor:

@@ -14,7 +14,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from tqdm import tqdm
 
-from anoseg_jax import compare, experiment, train_log
+from anoseg_jax import compare, experiment
+from anoseg_jax.running import train_log
 from configs import test as test_config
 from data import layout, sources
 

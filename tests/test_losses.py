@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anoseg_jax import losses
+from anoseg_jax.method import losses
 
 # Two pixels: logit 0 (map 1/2) under mask 1, logit log 3 (map 3/4) under mask 0.
 LOGITS = jnp.array([[[0.0, jnp.log(3.0)]]])

@@ -9,7 +9,7 @@ import pytest
 from scipy import ndimage
 from sklearn import metrics
 
-from anoseg_jax import models
+from anoseg_jax.method import models
 from configs import test as test_config
 
 

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from anoseg_jax import replay, torch_weights, train
+from anoseg_jax.interop import replay, torch_weights
+from anoseg_jax.method import train
 from configs import test as test_config
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 48, 3), np.uint8)

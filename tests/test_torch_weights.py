@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from anoseg_jax import checkpoint, detector, predict, torch_weights, train
+from anoseg_jax.interop import torch_weights
+from anoseg_jax.method import detector, predict, train
+from anoseg_jax.running import checkpoint
 from configs import test as test_config
 
 CONFIG = test_config.get_config("bolt")

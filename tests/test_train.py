@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anoseg_jax import checkpoint, evaluate, models, predict, train, train_log, train_state
+from anoseg_jax import evaluate
+from anoseg_jax.method import models, predict, train, train_state
+from anoseg_jax.running import checkpoint, train_log
 from configs import test as test_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -370,7 +372,8 @@ class WithoutTensorFlow(PathFinder):
 sys.meta_path[:] = [WithoutTensorFlow if f is PathFinder else f for f in sys.meta_path]
 import itertools
 import numpy as np
-from anoseg_jax import options, predict, train
+from anoseg_jax import options
+from anoseg_jax.method import predict, train
 from configs import test
 
 config = test.get_config("bolt")

@@ -25,7 +25,7 @@ from anoseg_jax import UsageError, first_line
 # Exit codes: stopped by a signal with everything saved (EX_TEMPFAIL: to be tried again); ended
 # because another process of the job did.
 STOPPED = 75
-DESERTED = 76
+PEER_FAILED = 76
 # Seconds after which a process that gives no sign of life is given up, and the job with it.
 SILENCE = 30
 # Seconds that processes wait for each other at the start and at the end.
@@ -75,7 +75,7 @@ def is_distributed() -> bool:
     return jax.distributed.is_initialized()
 
 
-def deserted(error: Exception) -> str:
+def peer_failed(error: Exception) -> str:
     """Returns what to say of an error that may come from the end of another process of the job."""
     traceback.print_exception(error)
     return (
@@ -96,7 +96,7 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Returns whether this process is the one that writes and speaks for the job."""
     return jax.process_index() == 0
 
@@ -173,7 +173,7 @@ def lock(folder: epath.PathLike, *, shared: bool = False) -> Iterator[None]:
     Raises UsageError if another job holds it; OSError if the folder cannot be written to.
     """
     folder = epath.Path(folder)
-    if not is_first():
+    if not is_main_process():
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,9 @@ from etils.epath import Path
 from jax import Array
 from ml_collections import ConfigDict
 
-from anoseg_jax import augment, checkpoint, losses, models, predict, train, train_state
-from anoseg_jax.train_state import Optimizers, TrainState
+from anoseg_jax.method import augment, losses, models, predict, train, train_state
+from anoseg_jax.method.train_state import Optimizers, TrainState
+from anoseg_jax.running import checkpoint
 
 
 def without_defect(key: Array, image: Array, other: Array) -> tuple[Array, Array]:

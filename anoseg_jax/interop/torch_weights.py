@@ -1,7 +1,7 @@
 """Weights for PyTorch and back: Flax parameters as a state_dict of numpy arrays, and its files.
 
-    python -m anoseg_jax.torch_weights export W/screw screw.safetensors
-    python -m anoseg_jax.torch_weights import screw.safetensors W2/screw
+    python -m anoseg_jax.interop.torch_weights export W/screw screw.safetensors
+    python -m anoseg_jax.interop.torch_weights import screw.safetensors W2/screw
 
 A folder of the image-level detector, `W/screw/detector`, is converted alike. PyTorch is not needed.
 Names and layouts: docs/pytorch.md.
@@ -22,7 +22,9 @@ import safetensors.numpy
 from etils.epath import Path
 from ml_collections import ConfigDict
 
-from anoseg_jax import UsageError, checkpoint, detector, files, train
+from anoseg_jax import UsageError
+from anoseg_jax.method import detector, train
+from anoseg_jax.running import checkpoint, files
 
 # Flax's names of modules and parameters, and PyTorch's; what is not listed stays.
 NAMES = (
@@ -178,7 +180,7 @@ def import_checkpoint(path: Path, folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit code. Errors of use are lines without a traceback."""
-    parser = argparse.ArgumentParser(prog="python -m anoseg_jax.torch_weights")
+    parser = argparse.ArgumentParser(prog="python -m anoseg_jax.interop.torch_weights")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="checkpoint -> file")
     export.add_argument("folder", type=Path, help="W/<category>, or W/<category>/detector")

@@ -18,18 +18,9 @@ from jax import Array
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from anoseg_jax import (
-    augment,
-    checkpoint,
-    defects,
-    job,
-    losses,
-    models,
-    predict,
-    train_log,
-    train_state,
-)
-from anoseg_jax.train_state import Optimizers, TrainState
+from anoseg_jax.method import augment, defects, losses, models, predict, train_state
+from anoseg_jax.method.train_state import Optimizers, TrainState
+from anoseg_jax.running import checkpoint, distributed, train_log
 
 # A resumed run may have other values of these and still be the same run.
 MAY_CHANGE = (
@@ -524,9 +515,9 @@ def run_steps(
       panel_fn: given state and step, returns pictures for TensorBoard; None draws none.
       writer: see `fit`.
 
-    Raises job.Stopped once everything is saved, if a signal has asked for it.
+    Raises distributed.Stopped once everything is saved, if a signal has asked for it.
     """
-    devices, first = jax.local_device_count(), job.is_first()
+    devices, first = jax.local_device_count(), distributed.is_main_process()
     p_train_step = jax.pmap(
         parts.train_step,
         axis_name="batch",
@@ -536,7 +527,7 @@ def run_steps(
     )
     with checkpoint.open_manager(folder / "checkpoints") as manager:
         state, record = restore_or_create(manager, config, parts, first_fn)
-        job.check_equal(
+        distributed.check_equal(
             dict(parts.about)
             | {
                 "options": hashlib.sha256(config.to_json().encode()).hexdigest(),
@@ -580,7 +571,7 @@ def run_steps(
                 jax.block_until_ready(metrics)
                 timed_at = time.monotonic()
 
-            stop = job.must_stop()
+            stop = distributed.must_stop()
             save = stop or step % config.checkpoint_every == 0 or step == config.num_steps
             if save or step % config.log_every == 0:
                 stacked = {
@@ -618,7 +609,7 @@ def run_steps(
         if done < config.num_steps and not stop:
             raise TrainingError(f"the training images ended at step {done}")
     if done < config.num_steps:
-        raise job.Stopped(f"stopped at step {done} of {config.num_steps}")
+        raise distributed.Stopped(f"stopped at step {done} of {config.num_steps}")
     return state
 
 
@@ -637,7 +628,7 @@ def fit(
     Args:
       config: the options of configs/default.py.
       train_batches: given the number of steps done, returns the batches that follow: good images,
-        uint8 [config.batch_size, h, w, 3], of several processes each its `job.rows` of them. Must
+        uint8 [config.batch_size, h, w, 3], of several processes each its `distributed.rows`. Must
         depend on that number alone.
       category_dir: where checkpoints/, train_log.jsonl, config.json, parameters.txt are written.
       held_out: good images that are not trained on, uint8 [n, h, w, 3]: the thresholds that each
@@ -653,7 +644,7 @@ def fit(
         or images differ from those of the checkpoint, or the batches end early.
       checkpoint.CheckpointError: there are checkpoints, and none can be read.
       OSError: something cannot be written.
-      job.Stopped: a signal has asked for it; everything is saved.
+      distributed.Stopped: a signal has asked for it; everything is saved.
     """
     parts = create_parts(config)
     if images_sha256:

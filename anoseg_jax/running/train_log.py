@@ -10,7 +10,7 @@ from typing import Any
 from etils.epath import Path
 from tqdm import tqdm
 
-from anoseg_jax import files
+from anoseg_jax.running import files
 
 LOSSES = ("loss_segmentation", "loss_adversarial", "loss_reconstruction", "loss_discriminator")
 

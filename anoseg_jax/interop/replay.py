@@ -14,8 +14,11 @@ from etils.epath import Path
 from jax import Array
 from ml_collections import ConfigDict
 
-from anoseg_jax import evaluate, files, torch_weights, train
-from anoseg_jax.train_state import Optimizers, TrainState
+from anoseg_jax import evaluate
+from anoseg_jax.interop import torch_weights
+from anoseg_jax.method import train
+from anoseg_jax.method.train_state import Optimizers, TrainState
+from anoseg_jax.running import files
 
 
 def keep_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -8,23 +8,24 @@ import jax
 import numpy as np
 import pytest
 
-from anoseg_jax import UsageError, input_pipeline, job
+from anoseg_jax import UsageError, input_pipeline
+from anoseg_jax.running import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_folder_is_one_jobs_at_a_time(tmp_path):
     folder = tmp_path / "w"
-    with job.lock(folder):
+    with distributed.lock(folder):
         for shared in (False, True):
             with pytest.raises(UsageError, match=rf"{folder} is in use by process \d+ on ") as told:
-                with job.lock(folder, shared=shared):
+                with distributed.lock(folder, shared=shared):
                     pass
             assert "take another --workdir" in str(told.value)
-    with job.lock(folder, shared=True), job.lock(folder, shared=True):
-        with pytest.raises(UsageError, match="is in use by process"), job.lock(folder):
+    with distributed.lock(folder, shared=True), distributed.lock(folder, shared=True):
+        with pytest.raises(UsageError, match="is in use by process"), distributed.lock(folder):
             pass
-    with job.lock(folder):
+    with distributed.lock(folder):
         pass
 
 
@@ -35,7 +36,7 @@ def test_the_processes_shares_of_a_batch_are_disjoint_and_complete(monkeypatch, 
     shares = []
     for index in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        shares.append(order[job.rows(8)].tolist())
+        shares.append(order[distributed.rows(8)].tolist())
     assert {len(share) for share in shares} == {8 // processes}
     assert sum(shares, []) == order.tolist()
 
@@ -43,23 +44,26 @@ def test_the_processes_shares_of_a_batch_are_disjoint_and_complete(monkeypatch, 
 def test_processes_that_differ_are_told_before_they_train(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
-        job.multihost_utils, "process_allgather", lambda mine: np.stack([mine, mine + (mine > 200)])
+        distributed.multihost_utils,
+        "process_allgather",
+        lambda mine: np.stack([mine, mine + (mine > 200)]),
     )
-    job.check_equal({"options": "00"})
+    distributed.check_equal({"options": "00"})
     with pytest.raises(UsageError, match="process 1 has other images_sha256 than process 0: all"):
-        job.check_equal({"options": "00", "images_sha256": "00ff"})
+        distributed.check_equal({"options": "00", "images_sha256": "00ff"})
 
 
 def test_the_flags_of_several_processes_need_each_other():
     with pytest.raises(UsageError, match="--coordinator, --num_processes and --process_id need"):
-        job.start("localhost:1234", 2, None)
+        distributed.start("localhost:1234", 2, None)
 
 
 def test_where_jax_finds_no_cluster_the_message_says_what_to_give():
     program = """
-from anoseg_jax import UsageError, job
+from anoseg_jax import UsageError
+from anoseg_jax.running import distributed
 try:
-    job.start(None, None, None)
+    distributed.start(None, None, None)
 except UsageError as error:
     print(error)
 """

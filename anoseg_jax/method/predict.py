@@ -12,7 +12,9 @@ from etils.epath import Path
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from anoseg_jax import UsageError, checkpoint, metrics, models
+from anoseg_jax import UsageError, metrics
+from anoseg_jax.method import models
+from anoseg_jax.running import checkpoint
 
 
 class DetectorError(UsageError):

@@ -1,0 +1,1 @@
+"""Weights and training steps for other implementations."""

@@ -1,0 +1,1 @@
+"""The algorithm: pure functions and Flax modules, their training step, prediction."""
