@@ -1,8 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TORCH_VENV := .venv-torch
+TORCH_BIN := $(TORCH_VENV)/bin
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test install-torch test-torch lint bench clean
 install: $(VENV)/.installed
 
 # Rebuilt when a dependency changes; the stamp is written last, so a broken install is tried again.
@@ -21,6 +23,21 @@ test: install
 	@# Tests of one file share what they compile.
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+install-torch: $(TORCH_VENV)/.installed
+
+# PyTorch in an environment of its own, which also sees the packages of the first one.
+$(TORCH_VENV)/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv --clear $(TORCH_VENV)
+	@# A .pth file adds its lines to the module search path.
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(TORCH_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	$(TORCH_BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(TORCH_BIN)/python -c 'import torch, jax'
+	@touch $@
+
+test-torch: install-torch
+	$(TORCH_BIN)/python -m pytest tests/test_torch_reference.py tests/test_torch_weights.py tests/test_replay.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -30,4 +47,4 @@ bench: install
 	$(BIN)/python benchmarks/metrics.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(TORCH_VENV) runs .pytest_cache .ruff_cache build *.egg-info

@@ -118,13 +118,13 @@ def main(argv):
             distributed.stop_on_signals()
         code = run(FLAGS.mode, FLAGS.config, Path(FLAGS.workdir or "."), runs)
     except distributed.Stopped as stopped:
-        code = complain(
-            f"{stopped}; everything is saved: the same command goes on", distributed.STOPPED
-        )
+        resume = "Checkpoints are kept. Run the same command again to resume."
+        print(f"{stopped}. {resume}", file=sys.stderr)
+        code = distributed.STOPPED
     except UsageError as error:
         code = complain(error)
     except OSError as error:
-        code = complain(f"{error}; what is saved in {FLAGS.workdir} stays, and is gone on from")
+        code = complain(f"{error}. Checkpoints in {FLAGS.workdir} are kept: run again to resume")
     except Exception as error:
         if not distributed.is_distributed():
             raise

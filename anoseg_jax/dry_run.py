@@ -2,9 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,6 @@ from ml_collections import ConfigDict
 from anoseg_jax import UsageError, options
 from anoseg_jax.method import detector, models, train, train_state
 
-# Trainings that agree in these are the same program, but for config.augment, which costs little.
-OF_THE_PROGRAM = "image_size batch_size accumulate remat model loss detector defects".split()
 # What a run writes beside checkpoints, none of it large: in each training's folder, and above.
 OF_A_TRAINING = (
     "config.json parameters.txt train_log.jsonl events.* report.html images.csv curves.json "
@@ -53,11 +51,20 @@ def trainings(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
                 yield folder, options.of_category(of_variant, name)
 
 
-def programs(config: ConfigDict) -> list[list[tuple[str, ConfigDict]]]:
-    """Returns the `trainings`, those of one program together."""
-    groups: dict[str, list[tuple[str, ConfigDict]]] = {}
-    for folder, own in trainings(config):
-        groups.setdefault(str([str(own[key]) for key in OF_THE_PROGRAM]), []).append((folder, own))
+def program_key(config: ConfigDict) -> Hashable:
+    """Returns what decides which training steps are compiled: static options, sizes of arrays."""
+    static, _ = train_state.split_options(config)
+    detector_static = detector.split_options(config)[0] if config.detector.enabled else None
+    bank = config.memory_bank
+    sizes = (*config.image_size, config.batch_size, bank.size, bank.components)
+    return static, detector_static, sizes
+
+
+def group_by_program(config: ConfigDict) -> list[list[tuple[str, ConfigDict]]]:
+    """Returns the `trainings`, grouped by the compiled program that they share."""
+    groups: dict[Hashable, list[tuple[str, ConfigDict]]] = {}
+    for folder, training_config in trainings(config):
+        groups.setdefault(program_key(training_config), []).append((folder, training_config))
     return list(groups.values())
 
 
@@ -88,49 +95,90 @@ def size_of(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def compile_step(parts: train.Parts, config: ConfigDict) -> tuple[Any, Any]:
-    """Returns the state as shapes, and the training step compiled as train.run_steps does."""
-    devices, image = jax.local_device_count(), (*config.image_size, 3)
-    state = jax.eval_shape(parts.create_state, jax.ShapeDtypeStruct((4, *image), np.uint8))
-    batch = jax.ShapeDtypeStruct((devices, config.batch_size // devices, *image), np.uint8)
-    step = jax.pmap(
-        parts.train_step,
-        axis_name="batch",
-        in_axes=(None, 0, None, *(None for _ in parts.frozen)),
-        out_axes=(None, 0),
-        donate_argnums=0,
-    )
-    return state, step.lower(state, batch, parts.draw_key, *parts.frozen).compile()
+class Step(NamedTuple):
+    """A training step, and the shapes of what it takes.
 
-
-def analyse(parts: train.Parts, config: ConfigDict) -> dict[str, Any]:
-    """Returns what XLA says of the training step.
-
-    The `state` as shapes; in bytes a device the `arguments`, `outputs` and `temporaries` of a step,
-    their sum `memory`, in which what is overwritten counts once, and what is `all_reduced`; and the
-    `flops` of a step of all devices together.
+    Attributes:
+      name: of the network that is trained.
+      parallel_step: the step on all devices, as training runs it.
+      step_of_one: the same on one device, its examples in one part.
+      state: of the step.
+      params: the parameters of both players: the gradients have their shapes.
+      key: the PRNG key.
+      options: the arrays of `split_options`.
     """
-    state, compiled = compile_step(parts, config)
-    memory = compiled.memory_analysis()
+
+    name: str
+    parallel_step: Callable
+    step_of_one: Callable
+    state: Any
+    params: tuple[Any, Any]
+    key: jax.Array
+    options: dict[str, Any]
+
+
+def training_steps(config: ConfigDict) -> list[Step]:
+    """Returns the generator's training step, and the detector's where it is enabled."""
+    static, arrays = train_state.split_options(config)
+    state = train_state.template(config)
+    _, key = train_state.seed_keys(config.seed)
+    of_one = partial(train.train_step, static=static._replace(accumulate=1), axis_name=None)
+    params = state.generator, state.discriminator
+    steps = [
+        Step("generator", train.parallel_train_step(static), of_one, state, params, key, arrays)
+    ]
+    if config.detector.enabled:
+        variables = {"params": state.ema, "memory_bank": state.memory_bank}
+        static, arrays = detector.split_options(config)
+        state = detector.template(config)
+        _, key = detector.seed_keys(config.seed)
+        of_one = partial(detector.train_step, static=static._replace(accumulate=1), axis_name=None)
+        parallel_step = detector.parallel_train_step(static)
+        params = state.detector, state.discriminator
+        steps.append(
+            Step("detector", parallel_step, of_one, state, params, key, arrays | variables)
+        )
+    return steps
+
+
+def batch_shapes(*leading: int, image_size: tuple[int, int]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a batch with these leading axes."""
+    return {
+        "image": jax.ShapeDtypeStruct((*leading, *image_size, 3), np.uint8),
+        "image_id": jax.ShapeDtypeStruct(leading, np.int32),
+    }
+
+
+def compile_step(step: Step, config: ConfigDict) -> Any:
+    """Returns the step on all devices, compiled as training compiles it."""
+    devices, image_size = jax.local_device_count(), tuple(config.image_size)
+    batch = batch_shapes(devices, config.batch_size // devices, image_size=image_size)
+    return step.parallel_step.lower(step.state, batch, step.key, step.options).compile()
+
+
+def analyze(step: Step, config: ConfigDict) -> dict[str, Any]:
+    """Returns what XLA says of a training step.
+
+    In bytes a device: the `arguments`, `outputs` and `temporaries` of a step, their sum `memory`,
+    in which what is overwritten counts once, and what is `all_reduced`. `flops`: of a step of all
+    devices together.
+    """
+    memory = compile_step(step, config).memory_analysis()
     sizes = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
     }
     # XLA counts what is in a loop once: in the step of one image no loop is run twice.
-    of_one = partial(parts.train_step, axis_name=None, accumulate=1)
-    image = jax.ShapeDtypeStruct((1, *config.image_size, 3), np.uint8)
-    inputs = (state, image, parts.draw_key, *parts.frozen)
-    _, metrics = jax.eval_shape(of_one, *inputs)
+    batch = batch_shapes(1, image_size=tuple(config.image_size))
+    inputs = (step.state, batch, step.key, step.options)
+    _, metrics = jax.eval_shape(step.step_of_one, *inputs)
     losses = [metrics[name] for name in metrics if name.startswith("loss_")]
-    learned = train_state.is_learned(state.generator)
-    learned = jax.tree.map(lambda x, changes: x if changes else (), state.generator, learned)
     several = jax.local_device_count() > 1
     return sizes | {
-        "state": state,
         "memory": sum(sizes.values()) - memory.alias_size_in_bytes,
-        "flops": config.batch_size * models.count_flops(of_one, *inputs),
-        "all_reduced": several * size_of((learned, state.discriminator, losses)),
+        "flops": config.batch_size * models.count_flops(step.step_of_one, *inputs),
+        "all_reduced": several * size_of((step.params, losses)),
     }
 
 
@@ -151,28 +199,27 @@ def in_time(seconds: float) -> str:
     return f"{seconds:.2g} s"
 
 
-def describe(found: dict[str, Any], config: ConfigDict, network: str, *, speed: float) -> str:
-    """Returns the lines about one program, which `found` is the analysis of."""
-    state, devices = found["state"], jax.local_device_count()
-    learned, of_judge = (
-        sum(x.size for x in jax.tree.leaves(player))
-        for player in (state.generator, state.discriminator)
+def describe(step: Step, analysis: dict[str, Any], config: ConfigDict, *, speed: float) -> str:
+    """Returns the lines about one training step; `analysis` is that of `analyze`."""
+    devices = jax.local_device_count()
+    parameters, discriminator_parameters = (
+        sum(x.size for x in jax.tree.leaves(player)) for player in step.params
     )
     height, width = config.image_size
     share = config.batch_size // devices
     accumulated = f", in {config.accumulate} parts" if config.accumulate > 1 else ""
     names = ("memory", "arguments", "outputs", "temporaries", "all_reduced")
-    size = {name: scaled(found[name], "B", 1024) for name in names}
-    flops, of_image = (scaled(found["flops"] / n, "FLOP") for n in (1, config.batch_size))
+    size = {name: scaled(analysis[name], "B", 1024) for name in names}
+    flops, flops_an_image = (scaled(analysis["flops"] / n, "FLOP") for n in (1, config.batch_size))
     return f"""\
-  {network}
-    parameters         {learned:,}, of its discriminator {of_judge:,}
+  {step.name}
+    parameters         {parameters:,}, of its discriminator {discriminator_parameters:,}
     batch              {config.batch_size} images of {height}x{width}, {share} a device{accumulated}
     memory a device    {size["memory"]}: arguments {size["arguments"]}, outputs {size["outputs"]} \
 (in place where possible), temporaries {size["temporaries"]}
-    computed a step    {flops}, {of_image} an image
+    computed a step    {flops}, {flops_an_image} an image
     all-reduced a step {size["all_reduced"]} a device
-    time a step        {in_time(found["flops"] / devices / speed)} (estimate)"""
+    time a step        {in_time(analysis["flops"] / devices / speed)} (estimate)"""
 
 
 def report(config: ConfigDict, workdir: str | None, devices: int | None = None) -> str:
@@ -192,34 +239,35 @@ def report(config: ConfigDict, workdir: str | None, devices: int | None = None) 
     virtual = " (virtual, on the cores of this machine)" if devices else ""
     lines = [f"dry run for {count} x {kind}{virtual}; nothing is read, nothing is written"]
     files, stored, seconds = [], 0, 0.0
-    for group in programs(config):
-        own, speed = group[0][1], measure_speed(group[0][1])
-        parts = train.create_parts(own)
-        generator = analyse(parts, own)
-        players = [(type(parts.generator).__name__.lower(), generator)]
-        if own.detector.enabled:
-            weights = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), generator["state"].ema)
-            players.append(("detector", analyse(detector.create_parts(own, weights), own)))
+    for group in group_by_program(config):
+        first_config = group[0][1]
+        speed = measure_speed(first_config)
+        steps = training_steps(first_config)
+        analyses = [analyze(step, first_config) for step in steps]
         lines += ["", f"trainings, {len(group)}: {', '.join(folder for folder, _ in group)}"]
-        lines += [describe(found, own, name, speed=speed) for name, found in players]
+        lines += [
+            describe(step, analysis, first_config, speed=speed)
+            for step, analysis in zip(steps, analyses, strict=True)
+        ]
         lines.append(
             f"  speed measured       {scaled(speed, 'FLOP/s')} a device, all at once, of a "
             "convolution with its normalisation, forward and backward"
         )
-        for folder, there in group:
-            for name, found in players:
-                steps, of = there.num_steps, f"{workdir}/{folder}"
-                if name == "detector":
-                    steps, of = there.detector.num_steps, f"{of}/detector"
-                size = size_of(found["state"])
-                kept = min(2, -(-steps // there.checkpoint_every))
-                files.append(f"  {of}/checkpoints/  {kept} x {scaled(size, 'B', 1024)}")
+        for folder, training_config in group:
+            for step, analysis in zip(steps, analyses, strict=True):
+                num_steps, category_dir = training_config.num_steps, f"{workdir}/{folder}"
+                if step.name == "detector":
+                    num_steps = training_config.detector.num_steps
+                    category_dir += "/detector"
+                size = size_of(step.state)
+                kept = min(2, -(-num_steps // training_config.checkpoint_every))
+                files.append(f"  {category_dir}/checkpoints/  {kept} x {scaled(size, 'B', 1024)}")
                 stored += kept * size
-                seconds += steps * found["flops"] / count / speed
+                seconds += num_steps * analysis["flops"] / count / speed
     lines += [
         "",
         f"All trainings: {in_time(seconds)} (estimate: the operations as XLA counts them, at the "
-        "speed measured; without compiling, reading, saving, evaluating)",
+        "speed measured; without compiling, reading, the memory bank, saving, evaluating)",
         "",
         f"What would be written; checkpoints take up to {scaled(stored, 'B', 1024)}:",
         *files,

@@ -17,9 +17,8 @@ from etils.epath import Path
 from PIL import Image
 
 from anoseg_jax import baselines, metrics
+from anoseg_jax.deploy.predictor import DetectorPredictor, Predictor
 from anoseg_jax.method import predict
-from anoseg_jax.method.predict import DetectorPredictor, Predictor
-from anoseg_jax.running.checkpoint import params_sha256
 from anoseg_jax.running.files import write_bytes, write_text
 
 # The columns of results.md and what their mean is taken of.
@@ -85,13 +84,13 @@ def evaluate(
 
     def predicted() -> Iterable[tuple[dict, np.ndarray, dict[str, np.ndarray]]]:
         for batch in batches:
-            maps, scores, _ = predictor(batch["image"])
+            maps, scores = predictor(batch["image"])
             found = {"map": scores}
             if detector is not None:
                 found["detector"] = detector(batch["image"], maps)
             yield batch, maps, found
 
-    about = {"params_sha256": params_sha256(predictor.params), "steps": predictor.step}
+    about = {"params_sha256": predictor.weights_sha256, "steps": predictor.step}
     about |= predictor.record
     if image_score == "detector":
         about["thresholds"] = predictor.record["thresholds"] | {
@@ -113,7 +112,7 @@ def evaluate(
             "train_share": seconds / (seconds + predictor.record["train_seconds"]),
             "flops_per_image": detector.record["flops_per_image"],
             "parameters": detector.record["parameters"],
-            "params_sha256": detector.params_sha256,
+            "params_sha256": detector.weights_sha256,
             "steps": detector.step,
         }
     return evaluation
@@ -138,7 +137,7 @@ def measure(
         images' maps, float32 [h, w] each of any size, and their scores [b] by kind: "map" and,
         where there is one, "detector".
       about: what is known of the model, for the results: its `thresholds`
-        (predict.thresholds_from_good) and, where maps are not from 0 to 1, its `map_scale`.
+        (thresholds.thresholds_from_good) and, where maps are not from 0 to 1, its `map_scale`.
       image_size: height and width of the images.
       image_score: see `evaluate`.
       native_masks: see `evaluate`; maps are resized to them or else to the batch's masks.
@@ -337,7 +336,7 @@ def as_shown(scores: Any, scale: Mapping[str, Sequence[float]] | None) -> Any:
 def chosen_thresholds(
     record: dict[str, Any], pixel: float | None, image: float | None
 ) -> dict[str, dict[str, Any]]:
-    """Returns the checkpoint's thresholds (predict.thresholds_from_good), or the user's own."""
+    """Returns the checkpoint's thresholds (thresholds.thresholds_from_good), or the user's own."""
     made = record.get("thresholds", {})
     own = {"how": "set by the user (evaluate.pixel_threshold, evaluate.image_threshold)"}
     none = {"threshold": None, "how": "none: the checkpoint has none"}

@@ -1,10 +1,8 @@
 """An experiment: every category of a config trained, evaluated, written; over seeds, variants."""
 
-import hashlib
 import re
 import sys
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,9 +11,11 @@ from etils.epath import Path
 from ml_collections import ConfigDict
 
 from anoseg_jax import ablation, evaluate, input_pipeline, options, peers, pictures, report, shards
+from anoseg_jax.deploy.predictor import Predictor
+from anoseg_jax.images import batches
 from anoseg_jax.interop import replay
-from anoseg_jax.method import detector, predict, train
-from anoseg_jax.running import checkpoint, distributed, train_log
+from anoseg_jax.method import detector, train
+from anoseg_jax.running import checkpoint, distributed, loop, train_log
 
 Splits = tuple[Any, Any]  # (train, test): tf.data sets, see input_pipeline.load_arrays
 
@@ -23,8 +23,8 @@ Splits = tuple[Any, Any]  # (train, test): tf.data sets, see input_pipeline.load
 def trained_on(config: Mapping[str, Any], train_split: Any) -> np.ndarray:
     """Returns the good images that a model with these options is trained on, uint8 [n, h, w, 3]."""
     images = input_pipeline.load_arrays(train_split, config["image_size"])["image"]
-    kept, _ = input_pipeline.hold_out(images, fraction=config["held_out"], seed=config["seed"])
-    return kept
+    kept, _ = batches.hold_out(len(images), fraction=config["held_out"], seed=config["seed"])
+    return images[kept]
 
 
 def run_maps(config: ConfigDict, folder: Path, splits: Splits) -> dict:
@@ -40,11 +40,11 @@ def run_maps(config: ConfigDict, folder: Path, splits: Splits) -> dict:
     names = arrays["name"].tolist()
     maps_dir = Path(config.maps_dir) / config.categories[0]
     maps, scores = peers.read_maps(maps_dir, names), peers.read_scores(maps_dir, names)
-    batches = list(input_pipeline.test_batches(arrays, config.evaluate.batch_size))
+    test = list(input_pipeline.test_batches(arrays, config.evaluate.batch_size))
     masks = input_pipeline.load_masks(splits[1]) if config.evaluate.native_size else None
     evaluation = evaluate.evaluate_maps(
         maps,
-        batches,
+        test,
         scores=scores,
         maps_dir=config.maps_dir,
         image_size=tuple(config.image_size),
@@ -56,7 +56,7 @@ def run_maps(config: ConfigDict, folder: Path, splits: Splits) -> dict:
     if config.evaluate.baselines:
         evaluation.results["baselines"] = evaluate.evaluate_baselines(
             trained_on(config, splits[0]),
-            batches,
+            test,
             top_fraction=config.evaluate.top_fraction,
             native_masks=masks,
         )
@@ -74,43 +74,26 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
     first = distributed.is_main_process()
     if training:
         images = input_pipeline.load_arrays(splits[0], config.image_size)["image"]
-        images_sha256 = hashlib.sha256(images.tobytes()).hexdigest()
-        images, held_out = input_pipeline.hold_out(
-            images, fraction=config.held_out, seed=config.seed
-        )
-        batches = partial(
-            input_pipeline.train_batches,
-            images,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            rows=distributed.rows(config.batch_size),
-        )
-        train.fit(
-            config,
-            batches,
-            folder,
-            held_out=held_out,
-            remembered=images,
-            images_sha256=images_sha256,
-            writer=train_log.create_writer(folder) if first else None,
-        )
+        how = {"make_batches": input_pipeline.train_batches}
+        writer = train_log.create_writer(folder) if first else None
+        train.fit(config, images, folder, writer=writer, **how)
         distributed.stop_if_asked("after training")
         if config.detector.enabled:
             writer = train_log.create_writer(folder / "detector") if first else None
-            detector.fit(config, batches, folder, held_out=held_out, writer=writer)
+            detector.fit(config, images, folder, writer=writer, **how)
             distributed.stop_if_asked("after training the detector")
-    predictor = predict.Predictor(
+    predictor = Predictor(
         folder,
         top_fraction=config.evaluate.top_fraction,
         batch_size=config.evaluate.batch_size,
         detector=config.detector.enabled,
     )
     arrays = input_pipeline.load_arrays(splits[1], predictor.image_size)
-    batches = list(input_pipeline.test_batches(arrays, config.evaluate.batch_size))
+    test = list(input_pipeline.test_batches(arrays, config.evaluate.batch_size))
     masks = input_pipeline.load_masks(splits[1]) if config.evaluate.native_size else None
     evaluation = evaluate.evaluate(
         predictor,
-        batches,
+        test,
         native_masks=masks,
         pixel_threshold=config.evaluate.pixel_threshold,
         image_threshold=config.evaluate.image_threshold,
@@ -122,7 +105,7 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
     if config.evaluate.baselines:
         evaluation.results["baselines"] = evaluate.evaluate_baselines(
             trained_on(predictor.config, splits[0]),
-            batches,
+            test,
             top_fraction=config.evaluate.top_fraction,
             native_masks=masks,
         )
@@ -135,12 +118,9 @@ def export_replay(config: ConfigDict, workdir: Path, splits: Mapping[str, Splits
     """Trains `config.num_steps` steps a category and writes them (replay.export) to its replay/."""
     for name, (train_split, _) in splits.items():
         of_category = options.of_category(config, name)
-        images = trained_on(of_category, train_split)
-        batches = input_pipeline.train_batches(
-            images, 0, batch_size=of_category.batch_size, seed=of_category.seed
-        )
+        images = input_pipeline.load_arrays(train_split, of_category.image_size)["image"]
         folder = workdir / name / "replay"
-        replay.export(of_category, images, batches, folder)
+        replay.export(of_category, images, folder)
         print(f"{name}: {of_category.num_steps} steps in {folder}")
 
 
@@ -168,13 +148,13 @@ def run_seed(
                 results = run_category(own, folder, of_category, training=training)
         except (
             checkpoint.CheckpointError,
-            train.TrainingError,
-            predict.DetectorError,
+            loop.TrainingError,
+            detector.DetectorError,
             peers.MapsError,
             FileNotFoundError,
         ) as error:
             # Of several processes the others may have gone on: only training fails in all alike.
-            if jax.process_count() > 1 and not isinstance(error, train.TrainingError):
+            if jax.process_count() > 1 and not isinstance(error, loop.TrainingError):
                 raise
             failures.append(f"{name}: {error}")
             print(f"error: {failures[-1]}", file=sys.stderr)

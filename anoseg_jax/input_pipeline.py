@@ -3,12 +3,14 @@
 Images stay uint8 until they are on the device.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from PIL import Image
+
+from anoseg_jax.images.batches import batch_order
 
 # The accelerator's memory belongs to jax.
 tf.config.set_visible_devices([], "GPU")
@@ -105,61 +107,33 @@ def load_masks(dataset: tf.data.Dataset) -> list[np.ndarray]:
     return [example["mask"][..., 0].astype(bool) for example in dataset.as_numpy_iterator()]
 
 
-def hold_out(images: np.ndarray, *, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Splits good images into those to train on and those that thresholds are made from.
-
-    The fraction is rounded down, and at least one image is left to train on. Which are held out
-    depends on the seed and the number of images alone.
-    """
-    count = min(int(fraction * len(images)), len(images) - 1)
-    # A stream of its own: not the one that the first epoch is shuffled with.
-    order = np.random.default_rng([seed, 0, 1]).permutation(len(images))
-    return images[np.sort(order[count:])], images[np.sort(order[:count])]
-
-
-def batch_order(*, count: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """Returns which images make the batch that follows `step` batches, int [batch_size].
-
-    Every epoch is a shuffle of its own, drawn from (seed, epoch); a batch may span two. As the
-    order needs no memory of what came before, a resumed run sees what an uninterrupted one sees.
-    """
-    positions = step * batch_size + np.arange(batch_size)
-    epochs = {epoch: np.random.default_rng([seed, epoch]) for epoch in set(positions // count)}
-    orders = {epoch: generator.permutation(count) for epoch, generator in epochs.items()}
-    return np.array([orders[p // count][p % count] for p in positions])
-
-
 def train_batches(
-    images: np.ndarray,
+    arrays: Mapping[str, np.ndarray],
     start_step: int,
     *,
     batch_size: int,
     seed: int,
     rows: slice = slice(None),
-) -> Iterator[np.ndarray]:
-    """Yields shuffled batches for ever, two of them prepared ahead: uint8 [b, h, w, 3].
+) -> Iterator[Arrays]:
+    """Yields shuffled batches without end, two of them prepared ahead.
 
-    Args:
-      images: uint8 [n, h, w, 3].
-      start_step: how many batches the run has had already.
-      batch_size: of all devices together.
-      seed: of the order.
-      rows: those of each batch that are wanted, `b` of them: of several processes each takes its
-        own, and together they take the batch.
+    The same as `images.batches.train_batches`, which says what the arguments are, as a tf.data
+    pipeline.
     """
-    cached = tf.constant(images)
+    cached = {name: tf.constant(array) for name, array in arrays.items()}
+    count = len(next(iter(arrays.values())))
 
     def orders() -> Iterator[np.ndarray]:
         step = start_step
         while True:
-            order = batch_order(count=len(images), batch_size=batch_size, seed=seed, step=step)
+            order = batch_order(count=count, batch_size=batch_size, seed=seed, step=step)
             yield order[rows]
             step += 1
 
     signature = tf.TensorSpec((None,), tf.int64)
     dataset = tf.data.Dataset.from_generator(orders, output_signature=signature)
-    batches = dataset.map(lambda order: tf.gather(cached, order)).prefetch(2)
-    return batches.as_numpy_iterator()
+    gather = lambda order: {name: tf.gather(x, order) for name, x in cached.items()}  # noqa: E731
+    return dataset.map(gather).prefetch(2).as_numpy_iterator()
 
 
 def test_batches(arrays: Arrays, batch_size: int) -> Iterator[Arrays]:

@@ -15,6 +15,8 @@ import numpy as np
 from scipy import ndimage
 from sklearn import metrics as sklearn_metrics
 
+from anoseg_jax.method.thresholds import check_rate, first_allowed
+
 GOOD = "good"  # the defect type of images without a defect, as MVTec AD names their folder
 
 PIXEL_METRICS = (
@@ -324,40 +326,6 @@ def _at_threshold(
     return {**values, "not_available": missing}
 
 
-def _first_allowed(counts: np.ndarray, false_positive_rate: float) -> int:
-    """Returns the first index that at most this share is at or above; len(counts) when none is."""
-    share = np.cumsum(counts[::-1])[::-1] / counts.sum()
-    return int(np.count_nonzero(share > false_positive_rate))
-
-
-def _check_rate(false_positive_rate: float) -> None:
-    if not 0 <= false_positive_rate <= 1:
-        raise ValueError(f"false_positive_rate must be in [0, 1], got {false_positive_rate}")
-
-
-def threshold_from_good(scores: np.ndarray, false_positive_rate: float) -> float | None:
-    """Returns the lowest score of good parts that at most a given share of them reaches.
-
-    Args:
-        scores: float array of any shape: scores of good images, or of their pixels.
-        false_positive_rate: the share in [0, 1] of `scores` that may be at or above the threshold.
-            When ties at the highest score, or a rate of 0, allow no score: the next float above it.
-
-    Returns:
-        The threshold, for `score >= threshold`; None without scores or when one is not finite.
-
-    Raises:
-        ValueError: false_positive_rate is not in [0, 1].
-    """
-    _check_rate(false_positive_rate)
-    scores = np.asarray(scores)
-    if not scores.size or not np.isfinite(scores).all():
-        return None
-    values, counts = np.unique(scores, return_counts=True)
-    values = np.append(values, np.nextafter(values[-1], np.array(np.inf, values.dtype)))
-    return float(values[_first_allowed(counts, false_positive_rate)])
-
-
 def _checked(
     maps: Maps, defect_masks: Masks, defect_types: Sequence[str] | None
 ) -> list[tuple[np.ndarray, np.ndarray | None, str | None]]:
@@ -559,20 +527,20 @@ class SegmentationAccumulator:
     def threshold_from_good(self, false_positive_rate: float) -> float | None:
         """Returns the lowest threshold that at most a given share of good images' pixels reaches.
 
-        As the function `threshold_from_good`; None also without good images. Dropped bits can make
-        it higher than need be; the share is kept all the same.
+        As `thresholds.threshold_from_good`; None also without good images. Dropped bits can make it
+        higher than need be; the share is kept all the same.
 
         Raises:
             ValueError: false_positive_rate is not in [0, 1].
         """
-        _check_rate(false_positive_rate)
+        check_rate(false_positive_rate)
         self._flush()
         good = self._groups.get(GOOD)
         if good is None or good.non_finite_images or not len(good.normal.keys):
             return None
         table = good.normal
         keys = np.append(table.keys, table.keys[-1] + np.uint32(1))
-        at = _first_allowed(table.sums[0], false_positive_rate)
+        at = first_allowed(table.sums[0], false_positive_rate)
         return float(_scores(keys[at : at + 1] << np.uint32(self._shift))[0])
 
 

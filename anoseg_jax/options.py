@@ -70,8 +70,49 @@ def check(config: ConfigDict, *, training: bool = False) -> None:
         models.create_detector(config.model, config.detector)
         models.check_size(config.image_size, config.model.depth)
         models.check_size(config.image_size, config.model.discriminator_depth)
+        check_memory_bank(config.memory_bank, config.image_size)
     except ValueError as error:
         raise OptionError(str(error)) from error
+
+
+def check_memory_bank(bank: ConfigDict, image_size: tuple[int, int]) -> None:
+    """Raises OptionError, naming the first option of `config.memory_bank` that cannot work."""
+    if bank.size < 0:
+        raise OptionError(f"memory_bank.size={bank.size} must be at least 0, which is no bank")
+    if not bank.size:
+        return
+    for key, least in (
+        *(("patch", 2), ("stride", 1), ("components", 1), ("candidates_per_patch", 1)),
+        ("num_bank_images", 4),
+    ):
+        if bank[key] < least:
+            raise OptionError(f"memory_bank.{key}={bank[key]} must be at least {least}")
+    quarter = min(image_size) // 4
+    if bank.patch > quarter:
+        raise OptionError(
+            f"memory_bank.patch={bank.patch} must fit a quarter of the image, {quarter} pixels of "
+            f"image_size={tuple(image_size)}"
+        )
+    if any(side % (4 * bank.stride) for side in image_size):
+        raise OptionError(
+            f"memory_bank.stride={bank.stride}: a quarter of image_size={tuple(image_size)} must "
+            "be a multiple of it"
+        )
+    if bank.components > 3 * bank.patch**2:
+        raise OptionError(
+            f"memory_bank.components={bank.components} must be at most {3 * bank.patch**2}, the "
+            f"values of a patch of memory_bank.patch={bank.patch}"
+        )
+    if len(bank.distance_weights) != 2:
+        raise OptionError(
+            f"memory_bank.distance_weights={tuple(bank.distance_weights)} must be two numbers: for "
+            "half size and for quarter size"
+        )
+    if not len(bank.position_weights) or min(bank.position_weights) < 0:
+        raise OptionError(
+            f"memory_bank.position_weights={tuple(bank.position_weights)} must be numbers of at "
+            "least 0"
+        )
 
 
 def shard_of(shard: str) -> tuple[int, int]:
@@ -140,4 +181,4 @@ def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs in `folder` ("~" is the home) from run to run; "" keeps none."""
     if folder:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

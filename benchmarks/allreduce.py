@@ -1,8 +1,10 @@
-"""What the devices tell each other in a training step: counted in the program that XLA makes of it.
+"""Counts the bytes that devices exchange in a training step, in the program that XLA compiles.
 
 python benchmarks/allreduce.py [configs/NAME.py ...]
 
-Four virtual devices, an image each: the gradients are of the parameters, whatever the batch.
+Four virtual devices with one image each: the size of the gradients does not depend on the batch.
+Prints a row for each config: learned parameters of both players, the memory bank's numbers,
+megabytes.
 """
 
 import os
@@ -15,9 +17,10 @@ import math
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from anoseg_jax.method import train, train_state  # noqa: E402
@@ -26,7 +29,7 @@ BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u8": 1, "pred": 1}
 
 
 def sent(program: str, operation: str) -> int:
-    """Returns the bytes that a device puts into all operations of a kind."""
+    """Returns the bytes that a device sends in all operations of a kind."""
     total = 0
     for shapes in re.findall(rf"= (.*?) {operation}(?:-start)?\(", program):
         for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
@@ -34,27 +37,29 @@ def sent(program: str, operation: str) -> int:
     return total
 
 
+def size(tree: Any) -> int:
+    """Returns the number of numbers in all arrays of a tree."""
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
 def main(names: list[str]) -> None:
-    """Prints a line a config."""
+    """Prints a row for each config."""
     devices = jax.local_device_count()
-    print("| config | learned | discriminator | memory | MB all-reduced | MB permuted |")
+    print("| config | generator | discriminator | memory bank | MB all-reduced | MB permuted |")
     print("|---|---|---|---|---|---|")
     for name in names:
         module = name.removesuffix(".py").replace("/", ".")
         config = importlib.import_module(module).get_config()
-        parts = train.create_parts(config)
-        image = (*config.image_size, 3)
-        state = jax.eval_shape(parts.create_state, jax.ShapeDtypeStruct((8, *image), np.uint8))
-        images = jax.ShapeDtypeStruct((devices, 1, *image), np.uint8)
-        step = jax.pmap(
-            parts.train_step, axis_name="batch", in_axes=(None, 0, None), out_axes=(None, 0)
-        )
-        program = step.lower(state, images, parts.draw_key).compile().as_text()
-        kept = train_state.is_learned(state.generator)
-        sizes = jax.tree.map(lambda x: x.size, (state.generator, state.discriminator))
-        every, discriminator = (sum(jax.tree.leaves(of_player)) for of_player in sizes)
-        learned = sum(jax.tree.leaves(jax.tree.map(lambda n, k: n * k, sizes[0], kept)))
-        counts = f"{learned:,} | {discriminator:,} | {every - learned:,}"
+        static, options = train_state.split_options(config)
+        state = train_state.template(config)
+        batch = {
+            "image": jax.ShapeDtypeStruct((devices, 1, *config.image_size, 3), jnp.uint8),
+            "image_id": jax.ShapeDtypeStruct((devices, 1), jnp.int32),
+        }
+        step = train.parallel_train_step(static)
+        program = step.lower(state, batch, jax.random.key(0), options).compile().as_text()
+        trees = state.generator, state.discriminator, state.memory_bank
+        counts = " | ".join(f"{size(tree):,}" for tree in trees)
         reduced, permuted = (
             f"{sent(program, kind) / 1e6:.3f}" for kind in ("all-reduce", "collective-permute")
         )

@@ -1,11 +1,11 @@
-"""What image AUROC is worth where good test images are unlike good training images.
+"""Measures how much of the image AUROC comes from good test images unlike good training images.
 
 python benchmarks/light.py --config=configs/cpu.py:screw --config.data_dir=DIR --workdir=W
 
-Of a run that is finished in W, with the same config. Prints a table of AUROCs, for the image's mean
+For a finished run in W with the same config. Prints a table of AUROCs, for the image's mean
 brightness and contrast, the PCA baseline and the model: of defective test images against good ones
-(the image AUROC), against good images that were held out of training, and of good test images
-against those. Where the last is far from 0.5, the first measures light, too.
+(the image AUROC), of defective test images against good images that were held out of training, and
+of good test images against those. Where the last is far from 0.5, the first also measures light.
 """
 
 import sys
@@ -18,16 +18,18 @@ from ml_collections import config_flags
 from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from anoseg_jax import baselines, input_pipeline, options
+from anoseg_jax import baselines, input_pipeline, options  # noqa: E402
+from anoseg_jax.deploy.predictor import Predictor  # noqa: E402
+from anoseg_jax.images import batches  # noqa: E402
 from anoseg_jax.method import predict  # noqa: E402
 from data import sources  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Options of the run.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Of the run.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 
 
 def auroc(lower: np.ndarray, higher: np.ndarray) -> str:
-    """Returns how often a score [n] of `higher` is above one [m] of `lower`."""
+    """Returns the AUROC of the scores [m] of `higher` against the scores [n] of `lower`."""
     labels = np.repeat([0, 1], [len(lower), len(higher)])
     return f"{roc_auc_score(labels, np.concatenate([lower, higher])):.3f}"
 
@@ -39,14 +41,14 @@ def main(_):
         config.dataset, config.categories, data_dir=config.data_dir, tfds_dir=config.tfds_dir
     )
     for category, (train_split, test_split) in splits.items():
-        own = options.of_category(config, category)
-        predictor = predict.Predictor(Path(WORKDIR.value) / category)
-        images = input_pipeline.load_arrays(train_split, own.image_size)["image"]
-        train, held = input_pipeline.hold_out(images, fraction=own.held_out, seed=own.seed)
-        test = input_pipeline.load_arrays(test_split, own.image_size)
+        config = options.of_category(CONFIG.value, category)
+        predictor = Predictor(Path(WORKDIR.value) / category)
+        images = input_pipeline.load_arrays(train_split, config.image_size)["image"]
+        kept, held_out = batches.hold_out(len(images), fraction=config.held_out, seed=config.seed)
+        test = input_pipeline.load_arrays(test_split, config.image_size)
 
-        def pca_patches(images, train=train, fraction=own.evaluate.top_fraction):
-            maps = baselines.pca_patches(train, images)
+        def pca_patches(x, train=images[kept], fraction=config.evaluate.top_fraction):
+            maps = baselines.pca_patches(train, x)
             return np.asarray(predict.image_scores(jnp.asarray(maps), fraction))
 
         scores = {
@@ -57,9 +59,9 @@ def main(_):
         }
         print(f"\n{category}, AUROC of | defective / good | defective / held out | good / held out")
         for name, score in scores.items():
-            of_held, of_test = score(held), score(test["image"])
+            of_held_out, of_test = score(images[held_out]), score(test["image"])
             good, defective = of_test[test["label"] == 0], of_test[test["label"] == 1]
-            pairs = (good, defective), (of_held, defective), (of_held, good)
+            pairs = (good, defective), (of_held_out, defective), (of_held_out, good)
             print(name, *(auroc(*pair) for pair in pairs), sep=" | ")
 
 

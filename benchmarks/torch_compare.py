@@ -1,12 +1,12 @@
-"""Times training step and inference of this program and of its twin in PyTorch, side by side.
+"""Times the training step and inference of this program and of its PyTorch twin, side by side.
 
     python benchmarks/torch_compare.py [--sizes 128 256] [--runs 9] [--parts] [--clock cpu]
 
-The networks of configs/cpu.py with full patch memories, in float32 on the CPU, with as many threads
-each as there are cores to run on; batches of 16 images of 128x128, fewer of larger ones. Examples
-are drawn beforehand. The two take turns in one process. `--parts` times what a step is made of;
-`--clock cpu` counts the CPU seconds of all threads, which other programs on the machine change less
-than the wall clock's. Prints markdown tables.
+The networks of configs/cpu.py with a full memory bank, in float32 on the CPU, with as many threads
+each as there are cores; batches of 16 images of 128x128, fewer of larger ones. The examples are
+made beforehand. The two take turns in one process. `--parts` times the parts of a step; `--clock
+cpu` counts the CPU seconds of all threads, which other programs on the machine change less than the
+wall clock's. Prints markdown tables.
 """
 
 import argparse
@@ -29,8 +29,8 @@ import torch_reference  # noqa: E402
 import torch_replay  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from anoseg_jax.interop import replay, torch_weights
-from anoseg_jax.method import losses, models, predict, train  # noqa: E402
+from anoseg_jax.interop import replay  # noqa: E402
+from anoseg_jax.method import losses, memory_bank, models, predict, train_state  # noqa: E402
 from configs import cpu  # noqa: E402
 
 Contest = tuple[Callable[[], object], Callable[[], object], float]  # ours, twin, FLOPs
@@ -38,7 +38,7 @@ Contest = tuple[Callable[[], object], Callable[[], object], float]  # ours, twin
 
 def tensor(array: np.ndarray) -> torch.Tensor:
     """Returns an array as a tensor, images as [b, c, h, w]."""
-    return torch.from_numpy(np.array(replay.in_nchw(array)))
+    return torch.from_numpy(np.array(replay.to_nchw(array)))
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -47,7 +47,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 def take_turns(
     contests: dict[str, Contest], runs: int, clock: Callable[[], float]
 ) -> dict[str, tuple[list, list]]:
-    """Returns the seconds of each run of both sides of each contest, after one run unmeasured."""
+    """Returns the seconds of each run of both sides of each contest, after one warm-up run."""
     seconds: dict[str, tuple[list, list]] = {name: ([], []) for name in contests}
     for run in range(runs + 1):
         for name, (ours, twin, _) in contests.items():
@@ -113,108 +113,96 @@ class Case:
         config = cpu.get_config()
         config.image_size = (side, side)
         config.batch_size = self.batch_size = max(1, 16 * 128**2 // side**2)
-        self.config, self.keywords = config, train.create_parts(config).train_step.keywords
+        self.config = config
         rng = np.random.default_rng(0)
         shape = (self.batch_size, side, side)
         good, masks = rng.uniform(size=(*shape, 3)), np.zeros(shape)
         masks[:, : side // 8, : side // 8] = 1
         defective = np.where(masks[..., None] > 0, 1 - good, good)
         self.uint8 = np.uint8(255 * good)
-        batch = good, defective, masks, np.arange(self.batch_size)
-        self.batch = [jnp.asarray(array, jnp.float32) for array in batch]
-        self.twin_batch = [tensor(array) for array in self.batch]
-        # The twin draws the weights; it has no patches of its own.
+        images = {"good": good, "defective": defective, "masks": masks}
+        self.examples = {name: jnp.asarray(x, jnp.float32) for name, x in images.items()}
+        self.examples["image_ids"] = jnp.arange(self.batch_size)
+        self.twin_examples = {name: tensor(x) for name, x in self.examples.items()}
+        # The twin's initial weights serve both; its memory bank is random.
         generator, discriminator = torch_reference.create(config)
-        for memory in (generator.memory, generator.coarse_memory):
-            for array in memory.buffers():
-                array += torch.from_numpy(rng.normal(size=array.shape).astype(np.float32))
+        for bank in (generator.memory, generator.coarse_memory):
+            for array in bank.buffers():
+                array += torch.from_numpy(rng.normal(size=array.shape)).to(array.dtype)
         self.training = torch_reference.Training(generator, discriminator, config)
-        self.params = self.of_twin()
-
-    def count_flops(self, function: Callable, *inputs: object, loops: float = 1) -> float:
-        """As models.count_flops, and the fine memory's loop over the images that it counts once.
-
-        The coarse memory's has a quarter of the patches: `loops` of 1.25 is both.
-        """
-        h, w = self.uint8.shape[1:3]
-        cell, components = 2 * models.STRIDE, torch_reference.COMPONENTS + 2
-        one = 2 * (h // cell) * (w // cell) * self.config.model.memory * components
-        return models.count_flops(function, *inputs) + loops * (self.batch_size - 1) * one
-
-    def of_twin(self) -> dict[str, dict]:
-        """Returns the twin's weights as our parameters."""
-        template = torch_replay.shapes_of(self.keywords, self.config.image_size)
         weights = {
             f"{player}.{name}": x.detach().numpy()
-            for player in template
+            for player in replay.PLAYERS
             for name, x in getattr(self.training, player).state_dict().items()
         }
-        return jax.device_put(torch_weights.from_torch(weights, template))
+        self.state, self.static, self.options = torch_replay.create_state(
+            config, weights, "float32"
+        )
+
+    def count_flops(self, function: Callable, *inputs: object, loops: float = 1) -> float:
+        """As models.count_flops, which counts the loop over the images of the fine bank once.
+
+        The coarse bank's loop has a quarter of the patches: `loops` of 1.25 is both.
+        """
+        h, w = self.uint8.shape[1:3]
+        bank = self.config.memory_bank
+        cell = 2 * bank.stride
+        one_image = 2 * (h // cell) * (w // cell) * bank.size * (bank.components + 2)
+        return models.count_flops(function, *inputs) + loops * (self.batch_size - 1) * one_image
 
     def step(self) -> Contest:
-        """Returns one training step on a batch that is drawn."""
-        networks = {name: self.keywords[name] for name in ("generator", "discriminator", "loss")}
+        """Returns one training step on a batch of examples."""
 
-        def step(state: train.TrainState, *batch: jax.Array):
-            return train.update_players(
-                state,
-                partial(train.loss_fn, **networks),
-                batch,
-                optimizers=self.keywords["optimizers"],
-                ema_decay=self.config.ema_decay,
-                accumulate=1,
-                axis_name=None,
-            )
+        def step(state: train_state.TrainState, examples: dict, options: dict) -> tuple:
+            # Gradients and outputs, which nothing reads, are not computed.
+            return torch_replay.run_step(state, examples, options, static=self.static)[:2]
 
-        # Copies: the step donates its state.
-        params, ema = jax.tree.map(jnp.copy, (self.params, self.params["generator"]))
-        optimizers = self.keywords["optimizers"]
-        state = train.TrainState(
-            step=jnp.zeros((), jnp.int32),
-            generator_opt=optimizers.generator.init(params["generator"]),
-            discriminator_opt=optimizers.discriminator.init(params["discriminator"]),
-            ema=ema,
-            **params,
-        )
-        flops = self.count_flops(step, state, *self.batch)
+        state = jax.tree.map(jnp.copy, self.state)  # the step donates it
+        flops = self.count_flops(step, state, self.examples, self.options)
         jitted = jax.jit(step, donate_argnums=0)
 
         def ours() -> dict[str, jax.Array]:
             nonlocal state
-            state, metrics = jitted(state, *self.batch)
+            state, metrics = jitted(state, self.examples, self.options)
             return metrics
 
-        return ours, lambda: self.training.step(*self.twin_batch), flops
+        return ours, lambda: self.training.step(self.twin_examples), flops
 
     def inference(self) -> Contest:
         """Returns maps, scores and reconstructions of a batch of uint8 images."""
-        generator, top = self.keywords["generator"], self.config.evaluate.top_fraction
-        apply = partial(predict.predict_fn, generator=generator, top_fraction=top)
+        top = self.config.evaluate.top_fraction
+        apply = partial(
+            predict.predict_fn,
+            generator=self.static.generator,
+            options=predict.bank_options(self.config.memory_bank),
+            top_fraction=top,
+        )
+        variables = {"params": self.state.generator, "memory_bank": self.state.memory_bank}
         ours, twin_images = jax.jit(apply), tensor(self.uint8)
 
         def twin() -> tuple[torch.Tensor, ...]:
             images = twin_images.float() / 255
             return torch_reference.predict(self.training.generator, images, top_fraction=top)
 
-        flops = self.count_flops(apply, self.params["generator"], self.uint8, loops=1.25)
-        return lambda: ours(self.params["generator"], self.uint8), twin, flops
+        flops = self.count_flops(apply, variables, self.uint8, loops=1.25)
+        return lambda: ours(variables, self.uint8), twin, flops
 
     def parts_of_a_step(self) -> dict[str, Contest]:
-        """Returns what a step is made of: forward, and forward and backward to the weights."""
-        generator, twin = self.params["generator"], self.training.generator
+        """Returns the parts of a step: forward, and forward and backward to the weights."""
+        generator, twin = self.state.generator, self.training.generator
         model, depth, width = self.config.model, self.config.model.depth, self.config.model.width
-        good, defective, masks, _ = self.batch
-        twin_good, twin_defective, twin_masks, _ = self.twin_batch
+        good, defective, masks, _ = self.examples.values()
+        twin_masks = self.twin_examples["masks"]
         x = models.add_coords(2 * good - 1)
-        seen = jnp.concatenate([x, 2 * defective - 1, 4 * jnp.abs(good - defective)], axis=-1)
-        beside = jnp.zeros((*[n // 2 if i else n for i, n in enumerate(masks.shape)], 1))
-        found: dict[str, Contest] = {}
+        head_input = jnp.concatenate([x, 2 * defective - 1, 4 * jnp.abs(good - defective)], axis=-1)
+        extra_features = jnp.zeros((*[n // 2 if i else n for i, n in enumerate(masks.shape)], 1))
+        contests: dict[str, Contest] = {}
 
         def both_ways(
             name: str, apply: Callable, params: dict, module: torch.nn.Module, *inputs: jax.Array
         ) -> None:
             twin_inputs = [tensor(array) for array in inputs]
-            loops = int(name.startswith("memory"))
+            loops = int(name.startswith("bank"))
             flops = self.count_flops(apply, params, *inputs, loops=loops)
             forward = jax.jit(apply)
 
@@ -230,44 +218,44 @@ class Case:
             def twin_backward() -> tuple[torch.Tensor, ...]:
                 return torch.autograd.grad(module(*twin_inputs).mean(), list(module.parameters()))
 
-            found[name] = (lambda: forward(params, *inputs), twin_forward, flops)
+            contests[name] = (lambda: forward(params, *inputs), twin_forward, flops)
             if list(module.parameters()):
                 flops = models.count_flops(jax.grad(total), params)
-                found[f"{name}, with gradients"] = (
+                contests[f"{name}, with gradients"] = (
                     lambda: backward(params),
                     twin_backward,
                     flops,
                 )
 
-        def applied(module: models.nn.Module) -> Callable:
+        def apply_fn(module: models.nn.Module) -> Callable:
             return lambda params, *inputs: module.apply({"params": params}, *inputs)
 
         both_ways(
-            "memory's distances",
-            applied(models.PatchMemory(model.memory)),
-            generator["PatchMemory_0"],
+            "bank's distances",
+            partial(memory_bank.standardized_distances, grid=self.static.grid),
+            self.state.memory_bank.fine,
             twin.memory,
             defective,
         )
         both_ways(
             "reconstructor",
-            applied(models.Reconstructor(width, depth, model.latent)),
-            generator["Reconstructor_0"],
+            apply_fn(models.Reconstructor(width, depth, model.latent)),
+            generator["reconstructor"],
             twin.reconstructor,
             x,
         )
         both_ways(
-            "map head",
-            applied(models.MapHead(width, depth)),
-            generator["MapHead_0"],
+            "anomaly head",
+            apply_fn(models.AnomalyHead(width, depth)),
+            generator["anomaly_head"],
             twin.map_head,
-            seen,
-            beside,
+            head_input,
+            extra_features,
         )
         both_ways(
             "discriminator",
-            applied(self.keywords["discriminator"]),
-            self.params["discriminator"],
+            apply_fn(self.static.discriminator),
+            self.state.discriminator,
             self.training.discriminator,
             good,
             masks,
@@ -275,14 +263,14 @@ class Case:
         logits = jnp.asarray(np.random.default_rng(0).normal(size=masks.shape), jnp.float32)
         focal = jax.jit(jax.grad(lambda x: losses.segmentation_focal(logits=x, masks=masks)))
         twin_logits = tensor(logits).requires_grad_()
-        found["segmentation loss, with gradient"] = (
+        contests["segmentation loss, with gradient"] = (
             lambda: focal(logits),
             lambda: torch.autograd.grad(
                 torch_reference.segmentation_loss(twin_logits, twin_masks, "focal"), twin_logits
             ),
             0.0,
         )
-        return found
+        return contests
 
 
 def main() -> None:
@@ -290,7 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 256], help="pixels a side")
     parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--parts", action="store_true", help="also what a step is made of")
+    parser.add_argument("--parts", action="store_true", help="also the parts of a step")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     flags = parser.parse_args()
     clock = CLOCKS[flags.clock]
@@ -306,7 +294,7 @@ def main() -> None:
             "inference": case.inference(),
             **convolution(case.batch_size, side // 8, 64, 64),
             **convolution(case.batch_size, side // 2, 16, 16),
-            **convolution(case.batch_size, side // 2, 45, 16),  # the map head's first
+            **convolution(case.batch_size, side // 2, 45, 16),  # the anomaly head's first
         }
         print_table(contests, flags.runs, clock)
         if flags.parts:

@@ -1,12 +1,12 @@
-"""Repeats a replay (docs/pytorch.md) with the twin in PyTorch and says where the two part ways.
+"""Repeats a replay (docs/pytorch.md) in PyTorch and reports where the two implementations differ.
 
     python launch.py --mode=export_replay --config=configs/cpu.py:screw --config.data_dir=DIR \\
         --config.num_steps=50 --workdir=W
     python benchmarks/torch_replay.py W/screw/replay --out REPORT
 
-Both start from the replay's weights, see its batches, and go on from their own weights: first in
-float64, where they must agree, then in float32, where rounding makes them drift. Writes REPORT.md,
-REPORT.json and the curve REPORT.png.
+Both implementations start from the replay's weights and are given its batches; each continues from
+the weights that it computes itself. In float64 they must agree; in float32 rounding makes them
+drift apart. Writes REPORT.md, REPORT.json and the curve REPORT.png.
 """
 
 import argparse
@@ -27,162 +27,206 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from anoseg_jax import evaluate
-from anoseg_jax.interop import replay, torch_weights
-from anoseg_jax.method import train  # noqa: E402
-from anoseg_jax.method.train_state import Optimizers, TrainState  # noqa: E402
+from anoseg_jax.interop import replay, torch_weights  # noqa: E402
+from anoseg_jax.method import memory_bank, train, train_state  # noqa: E402
+from anoseg_jax.method.train_state import StaticOptions, TrainState  # noqa: E402
+from anoseg_jax.running import files  # noqa: E402
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-# From where on two values are not the same any more, relative to the largest of their kind.
+# The largest relative difference of values that count as equal.
 TOLERANCES = {"float64": 1e-8, "float32": 1e-3}
 OUTPUTS = ("logits", "reconstructions", "fake_logits", "real_logits")
 Arrays = Mapping[str, np.ndarray]
 
 
-def shapes_of(networks: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, dict]:
-    """Returns the shapes of both networks' parameters, for torch_weights.from_torch."""
-    key, images = jax.random.key(0), jnp.zeros((1, *image_size, 3))
-    inputs = {"generator": (images,), "discriminator": (images, images[..., 0])}
-    return {
-        name: jax.eval_shape(networks[name].init, key, *of)["params"] for name, of in inputs.items()
+def create_state(
+    config: ConfigDict, weights: Arrays, dtype: str
+) -> tuple[TrainState, StaticOptions, dict[str, Any]]:
+    """Returns the training state that has a replay's initial weights, and the options of a step.
+
+    Args:
+      config: the options of the replay.
+      weights: a state_dict of both players and of the memory bank.
+      dtype: "float32", or "float64" in JAX's x64 mode: of the state, the options, the computation.
+    """
+    with jax.enable_x64(False):
+        static, _ = train_state.split_options(config)
+        template = train_state.template(config)
+    shapes = {
+        "generator": torch_weights.generator_arrays(template.generator, template.memory_bank),
+        "discriminator": template.discriminator,
     }
+    params = jax.tree.map(
+        lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else None),
+        torch_weights.from_torch(weights, shapes),
+    )
+    bank = memory_bank.from_dicts(params["generator"].pop("memory_bank", None))
+    # `split_options` rounds to float32, which float64 would show.
+    options = {
+        "loss": {name: config.loss[name] for name in train_state.LOSS_WEIGHTS},
+        "optimizer": {name: config[name] for name in train_state.OPTIMIZER_OPTIONS},
+    }
+    options = jax.tree.map(lambda x: jnp.asarray(x, dtype), options)
+    optimizers = train_state.create_optimizers(options["optimizer"])
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        generator_opt=optimizers[0].init(params["generator"]),
+        discriminator_opt=optimizers[1].init(params["discriminator"]),
+        ema=jax.tree.map(jnp.copy, params["generator"]),
+        memory_bank=bank,
+        **params,
+    )
+    # A 32-bit count makes a 32-bit learning rate.
+    state = jax.tree.map(lambda x: x.astype(int) if x.dtype == jnp.int32 else x, state)
+    modules = {name: getattr(static, name).clone(dtype=jnp.dtype(dtype)) for name in replay.PLAYERS}
+    return state, static._replace(**modules), options
+
+
+def run_step(
+    state: TrainState,
+    examples: Mapping[str, jax.Array],
+    options: Mapping[str, Any],
+    *,
+    static: StaticOptions,
+) -> tuple:
+    """As `replay.step`; computes the distances to the memory bank of `state`."""
+    images, image_ids = examples["defective"], examples["image_ids"]
+    bank_distances = train.bank_distances(state, images, image_ids, static=static)
+    examples = {**examples, "bank_distances": bank_distances}
+    return *replay.step(state, examples, options, static=static), bank_distances
 
 
 class Ours:
-    """The networks of anoseg_jax in a precision of choice; made and called with its x64 mode."""
+    """The training of anoseg_jax in a chosen precision; float64 needs JAX's x64 mode."""
 
     def __init__(self, config: ConfigDict, initial: Arrays, dtype: str) -> None:
         """`initial` are the replay's weights."""
-        keywords = train.create_parts(config).train_step.keywords
-        with jax.enable_x64(False):
-            networks = shapes_of(keywords, config.image_size)
-        params = torch_weights.from_torch(initial, networks)
-        params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
-        optimizers = Optimizers(*map(replay.keep_gradients, keywords["optimizers"]))
-        state = TrainState(
-            step=jnp.zeros((), jnp.int32),
-            generator_opt=optimizers.generator.init(params["generator"]),
-            discriminator_opt=optimizers.discriminator.init(params["discriminator"]),
-            ema=params["generator"],
-            **params,
-        )
-        # A 32-bit count makes a 32-bit learning rate.
-        self.state = jax.tree.map(
-            lambda x: x.astype(int) if jnp.issubdtype(x.dtype, jnp.integer) else x, state
-        )
-        self.run = jax.jit(
-            partial(
-                replay.step,
-                optimizers=optimizers,
-                loss=keywords["loss"],
-                ema_decay=keywords["ema_decay"],
-                **{name: keywords[name].clone(dtype=jnp.dtype(dtype)) for name in networks},
-            )
-        )
+        self.state, static, self.options = create_state(config, initial, dtype)
+        self.run = jax.jit(partial(run_step, static=static))
 
     def step(self, batch: Arrays) -> tuple[dict[str, Arrays], dict[str, float]]:
-        """Returns what there is after a step, by kind and name, and the losses."""
-        images = (batch[name].transpose(0, 2, 3, 1) for name in ("good", "defective"))
-        self.state, metrics, outputs = self.run(self.state, *images, batch["masks"], batch["marks"])
-        outputs = {name: replay.in_nchw(outputs[name]) for name in OUTPUTS}
+        """Returns outputs, gradients and the state after a step, by kind and name; and losses."""
+        images = {name: batch[name].transpose(0, 2, 3, 1) for name in ("good", "defective")}
+        examples = images | {name: batch[name] for name in ("masks", "image_ids")}
+        self.state, metrics, gradients, outputs, bank_distances = self.run(
+            self.state, examples, self.options
+        )
+        kinds = {"outputs": {name: replay.to_nchw(x) for name, x in outputs.items()}}
+        if bank_distances is not None:
+            kinds["outputs"]["bank_distances"] = np.asarray(bank_distances)
         losses = {name: float(value) for name, value in metrics.items()}
-        return {"outputs": outputs} | replay.by_name(self.state), losses
+        return kinds | replay.by_name(self.state, gradients), losses
 
 
 class Twin:
-    """The same in PyTorch."""
+    """The same training in PyTorch."""
 
     def __init__(self, config: ConfigDict, initial: Arrays, dtype: str) -> None:
         """`initial` are the replay's weights."""
         players = torch_reference.create(config)
         self.dtype = getattr(torch, dtype)
-        self.outputs: list[torch.Tensor] = []
-        for name, player in zip(("generator", "discriminator"), players, strict=True):
+        self.outputs: dict[str, torch.Tensor] = {}
+        for name, player in zip(replay.PLAYERS, players, strict=True):
             weights = torch_weights.group(initial, name)
             player.load_state_dict({key: torch.from_numpy(x) for key, x in weights.items()})
             player.to(self.dtype)
         self.training = torch_reference.Training(*players, config)
-        for player in players:
-            player.register_forward_hook(lambda *call: self.outputs.append(call[-1]))
+        generator, discriminator = players
+        generator.register_forward_hook(self.keep_generator_outputs)
+        discriminator.register_forward_hook(self.keep_discriminator_outputs)
+
+    def keep_generator_outputs(self, module: Any, inputs: tuple, outputs: tuple) -> None:
+        """Keeps what the generator puts out, and the distances that it was given."""
+        self.outputs = dict(zip(OUTPUTS[:2], outputs, strict=True))
+        if inputs[1] is not None:
+            self.outputs["bank_distances"] = inputs[1]
+
+    def keep_discriminator_outputs(self, module: Any, inputs: tuple, logits: torch.Tensor) -> None:
+        """Keeps what the discriminator puts out: first for generated pairs, then for real ones."""
+        self.outputs["real_logits" if "fake_logits" in self.outputs else "fake_logits"] = logits
 
     def step(self, batch: Arrays) -> tuple[dict[str, Arrays], dict[str, float]]:
         """As `Ours.step`."""
-        self.outputs.clear()
-        named = {name: torch.from_numpy(x).to(self.dtype) for name, x in batch.items()}
-        metrics = self.training.step(*(named[name] for name in replay.EXAMPLES))
-        (logits, reconstructions), *judged = self.outputs
-        outputs = dict(zip(OUTPUTS, (logits, reconstructions, *judged), strict=False))
-        kinds = {"outputs": outputs} | self.by_name()
+        tensors = {name: torch.from_numpy(x) for name, x in batch.items()}
+        metrics = self.training.step(tensors)
+        kinds = {"outputs": self.outputs} | self.by_name()
         losses = {name: float(value) for name, value in metrics.items()}
         return {
-            kind: {name: x.detach().numpy() for name, x in of.items()} for kind, of in kinds.items()
+            kind: {name: x.detach().numpy() for name, x in of_kind.items()}
+            for kind, of_kind in kinds.items()
         }, losses
 
     def by_name(self) -> dict[str, dict[str, torch.Tensor]]:
         """As `replay.by_name`."""
-        found: dict[str, dict[str, torch.Tensor]] = {
-            kind: {}
-            for kind in ("weights", "average", "gradients", "first_moment", "second_moment")
-        }
+        names = ("weights", "average", "gradients", "first_moment", "second_moment")
+        kinds: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
         training = self.training
-        for player in ("generator", "discriminator"):
+        for player in replay.PLAYERS:
             module, moments = getattr(training, player), training.optimizers[player].state
             for name, x in module.state_dict().items():
-                found["weights"][f"{player}.{name}"] = x
+                kinds["weights"][f"{player}.{name}"] = x
             named = zip(module.named_parameters(), training.gradients[player], strict=True)
             for (name, parameter), gradient in named:
                 key = f"{player}.{name}"
-                found["gradients"][key] = gradient
-                found["first_moment"][key] = moments[parameter]["exp_avg"]
-                found["second_moment"][key] = moments[parameter]["exp_avg_sq"]
+                kinds["gradients"][key] = gradient
+                kinds["first_moment"][key] = moments[parameter]["exp_avg"]
+                kinds["second_moment"][key] = moments[parameter]["exp_avg_sq"]
         for name, x in training.average.named_parameters():
-            found["average"][f"generator.{name}"] = x
-        return found
+            kinds["average"][f"generator.{name}"] = x
+        return kinds
 
 
 def difference(ours: Arrays, twin: Arrays) -> tuple[float, str]:
-    """Returns the largest difference of two sets of arrays, relative, and which array has it.
+    """Returns the largest relative difference of two sets of arrays, and the array that has it.
 
-    Of each array, the largest absolute difference over its largest absolute value.
+    An array's is the largest absolute difference over the largest absolute value.
 
     Raises ValueError unless both have the same names.
     """
     if set(ours) != set(twin):
-        raise ValueError(f"only one of the two has {sorted(set(ours) ^ set(twin))}")
+        raise ValueError(f"only in one of the two: {sorted(set(ours) ^ set(twin))}")
     worst = (0.0, "")
     for name, array in ours.items():
-        apart = float(np.max(np.abs(array - twin[name])))
-        if apart:
+        absolute = float(np.max(np.abs(array - twin[name])))
+        if absolute:
             largest = float(np.max(np.abs(array)))
-            worst = max(worst, (apart / largest if largest else np.inf, name))
+            worst = max(worst, (absolute / largest if largest else np.inf, name))
     return worst
 
 
 def compare(folder: Path, dtype: str, steps: int | None = None) -> list[dict[str, Any]]:
-    """Repeats a replay's first steps (None: all) with both; returns a row of differences a step.
+    """Repeats a replay in both implementations; returns a row of differences for each step.
 
-    Of each kind the relative difference and the array with the largest one; `losses` has both
-    values of each loss.
+    Args:
+      folder: the replay.
+      dtype: "float64" or "float32".
+      steps: the number of steps; None for all.
+
+    Returns:
+      For each kind its largest relative `difference` and the array that has it, `of`; for each
+      loss the same; `losses` has both values of each loss. Raises ValueError if the folder holds a
+      replay of another format.
     """
-    about = json.loads((folder / "replay.json").read_text())
-    config, recorded = ConfigDict(about["config"]), about["steps"][:steps]
+    written = json.loads((folder / "replay.json").read_text())
+    if written["format"] != replay.FORMAT:
+        raise ValueError(f"{folder}: format {written['format']!r}, must be {replay.FORMAT!r}")
+    config = ConfigDict(written["config"])
     initial, _ = torch_weights.load(folder / "initial.safetensors")
     rows = []
     with jax.enable_x64(dtype == "float64"):
         both = Ours(config, initial, dtype), Twin(config, initial, dtype)
-        for line in tqdm(recorded, desc=dtype, disable=None, leave=False):
+        for line in tqdm(written["steps"][:steps], desc=dtype, disable=None, leave=False):
             batch, _ = torch_weights.load(folder / f"batch_{line['step']:05}.safetensors")
-            batch = {name: x.astype(dtype) for name, x in batch.items()}
+            batch = {
+                name: x.astype(dtype) if x.dtype.kind == "f" else x for name, x in batch.items()
+            }
             (ours, losses), (twin, twin_losses) = (side.step(batch) for side in both)
             row = {"step": line["step"]}
-            row |= {
-                kind: dict(
-                    zip(("difference", "of"), difference(ours[kind], twin[kind]), strict=True)
-                )
-                for kind in ours
-            }
+            for kind in ours:
+                largest, name = difference(ours[kind], twin[kind])
+                row[kind] = {"difference": largest, "of": name}
             row["losses"] = {name: (losses[name], twin_losses[name]) for name in losses}
             for name, (a, b) in row["losses"].items():
                 row[name] = {"difference": abs(a - b) / max(abs(a), 1e-30), "of": name}
@@ -191,47 +235,47 @@ def compare(folder: Path, dtype: str, steps: int | None = None) -> list[dict[str
 
 
 def kinds_of(rows: list[dict[str, Any]]) -> list[str]:
-    """Returns what is compared at each step."""
+    """Returns the names of what is compared at each step."""
     return [kind for kind in rows[0] if kind not in ("step", "losses")]
 
 
-def where_they_part(rows: list[dict[str, Any]], tolerance: float) -> str:
+def first_difference(rows: list[dict[str, Any]], tolerance: float) -> str:
     """Says at which step the difference of which kinds first exceeds the tolerance."""
     for row in rows:
-        apart = [(kind, row[kind]) for kind in kinds_of(rows)]
-        apart = [
-            f"{kind} by {found['difference']:.1e} ({found['of']})"
-            for kind, found in apart
-            if not found["difference"] <= tolerance
+        larger = [
+            f"{kind} by {row[kind]['difference']:.1e} ({row[kind]['of']})"
+            for kind in kinds_of(rows)
+            if not row[kind]["difference"] <= tolerance
         ]
-        if apart:
-            return f"beyond {tolerance:g} from step {row['step']} on: {', '.join(apart)}"
+        if larger:
+            return f"beyond {tolerance:g} from step {row['step']} on: {', '.join(larger)}"
     return f"within {tolerance:g} in all of {len(rows)} steps"
 
 
-def as_markdown(found: Mapping[str, list[dict[str, Any]]]) -> str:
-    """Returns the report: for each precision where they part, and the differences at some steps."""
+def to_markdown(comparisons: Mapping[str, list[dict[str, Any]]]) -> str:
+    """Returns the report: for each precision the first difference, and a table of some steps."""
     lines = []
-    for dtype, rows in found.items():
-        shown = sorted({1, 2, 5, 10, 20, 50, 100, 200, 500, len(rows)} & set(range(len(rows) + 1)))
-        lines += [f"{dtype}: {where_they_part(rows, TOLERANCES[dtype])}", ""]
-        lines.append("| relative difference at step | " + " | ".join(map(str, shown)) + " |")
-        lines.append("|---" * (len(shown) + 1) + "|")
+    for dtype, rows in comparisons.items():
+        steps = sorted({1, 2, 5, 10, 20, 50, 100, 200, 500, len(rows)} & set(range(len(rows) + 1)))
+        lines += [f"{dtype}: {first_difference(rows, TOLERANCES[dtype])}", ""]
+        lines.append("| relative difference at step | " + " | ".join(map(str, steps)) + " |")
+        lines.append("|---" * (len(steps) + 1) + "|")
         for kind in kinds_of(rows):
-            cells = [f"{rows[step - 1][kind]['difference']:.0e}" for step in shown]
+            cells = [f"{rows[step - 1][kind]['difference']:.0e}" for step in steps]
             lines.append(f"| {kind} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
-def draw(found: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draws the differences over the steps, one panel a precision."""
+def draw_curves(comparisons: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draws the differences over the steps, one panel for each precision."""
+    count = len(comparisons)
     figure, panels = plt.subplots(
-        1, len(found), figsize=(4 * len(found) + 2, 3.6), sharey=True, squeeze=False, layout="tight"
+        1, count, figsize=(4 * count + 2, 3.6), sharey=True, squeeze=False, layout="tight"
     )
-    for panel, (dtype, rows) in zip(panels[0], found.items(), strict=True):
+    for panel, (dtype, rows) in zip(panels[0], comparisons.items(), strict=True):
         for kind in kinds_of(rows):
-            values = [row[kind]["difference"] or None for row in rows]  # none at all: no point
+            values = [row[kind]["difference"] or None for row in rows]  # no difference: no point
             dotted = kind.startswith(("loss", "gradient_norm"))
             style = {"linestyle": ":" if dotted else "-", "linewidth": 1.2}
             panel.semilogy([row["step"] for row in rows], values, label=kind, **style)
@@ -248,15 +292,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of launch.py --mode=export_replay")
     parser.add_argument("--out", type=Path, required=True, help="written: OUT.md, .json, .png")
-    parser.add_argument("--steps", type=int, help="the first ones only")
+    parser.add_argument("--steps", type=int, help="only the first STEPS")
     parser.add_argument("--dtype", choices=TOLERANCES, nargs="+", default=list(TOLERANCES))
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    found = {dtype: compare(arguments.folder, dtype, arguments.steps) for dtype in arguments.dtype}
-    evaluate.write_text(arguments.out.with_suffix(".json"), json.dumps(found, indent=2) + "\n")
-    evaluate.write_text(arguments.out.with_suffix(".md"), as_markdown(found))
-    draw(found, arguments.out.with_suffix(".png"))
-    print(as_markdown(found))
+    comparisons = {
+        dtype: compare(arguments.folder, dtype, arguments.steps) for dtype in arguments.dtype
+    }
+    text = json.dumps(comparisons, indent=2) + "\n"
+    files.write_text(arguments.out.with_suffix(".json"), text)
+    files.write_text(arguments.out.with_suffix(".md"), to_markdown(comparisons))
+    draw_curves(comparisons, arguments.out.with_suffix(".png"))
+    print(to_markdown(comparisons))
 
 
 if __name__ == "__main__":

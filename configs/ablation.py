@@ -15,7 +15,7 @@ from configs import cpu, mvtec
 # Each row differs from the one before in what it is named after. Written out, so that the rows stay
 # what they are when a default changes.
 ROWS = {
-    # row: (defects, adversarial weight, reconstruction weight, coordinates, patches remembered)
+    # row: (defects, adversarial weight, reconstruction weight, coordinates, memory bank's size)
     "baseline": ("plain", 0.0, 0.0, False, 0),
     "hard_augmentation": ("paper", 0.0, 0.0, False, 0),
     "adversarial_reconstruction": ("paper", 0.01, 1.0, False, 0),
@@ -45,7 +45,7 @@ def get_config(argument: str = "all") -> ConfigDict:
     # The same in all rows, and many times over.
     config.evaluate.baselines = False
     config.evaluate.pictures = 0
-    for row, (preset, adversarial, reconstruction, coords, memory) in ROWS.items():
+    for row, (preset, adversarial, reconstruction, coords, bank_size) in ROWS.items():
         config.variants[row] = {
             "defects": {"preset": preset},
             "loss": {
@@ -53,6 +53,7 @@ def get_config(argument: str = "all") -> ConfigDict:
                 "adversarial_weight": adversarial,
                 "reconstruction_weight": reconstruction,
             },
-            "model": {"coords": coords, "memory": memory},
+            "model": {"coords": coords},
+            "memory_bank": {"size": bank_size},
         }
     return config

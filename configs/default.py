@@ -59,16 +59,12 @@ def get_config() -> ConfigDict:
 
     # Networks (models.py).
     config.model = ConfigDict()
-    config.model.name = "Generator"
     # Channels at half the image's size, a multiple of 8; doubled at each halving, up to 8 times.
     config.model.width = 32
     # Halvings: one cell of the bottleneck sees at least 2**depth pixels.
     config.model.depth = 5
     # Channels of the reconstruction's bottleneck: few, so that it cannot copy a defect.
     config.model.latent = 32
-    # Patches of good images that are remembered at each of two scales; how far a patch is from the
-    # nearest of them is where the map starts from. 0 for none.
-    config.model.memory = 4000
     # The coordinate channels (an ablation).
     config.model.coords = True
     # "float32" or "bfloat16": of the computation; parameters and losses are always float32.
@@ -76,6 +72,27 @@ def get_config() -> ConfigDict:
     # Channels of the discriminator at half the image's size, and its halvings.
     config.model.discriminator_width = 16
     config.model.discriminator_depth = 4
+
+    # Memory bank (memory_bank.py): good patches at half the image's size and at a quarter. The
+    # distances of an image's patches to the nearest of them are an input of the anomaly head, and
+    # prediction adds them to the map. Not part of the paper's method. All values are measured
+    # (docs/experiments.md).
+    config.memory_bank = ConfigDict()
+    # Patches at each of the two scales; 0 for no memory bank.
+    config.memory_bank.size = 4000
+    # Side of a patch and distance from one patch to the next, in pixels of the reduced image.
+    config.memory_bank.patch = 8
+    config.memory_bank.stride = 2
+    # Principal components that describe a patch.
+    config.memory_bank.components = 32
+    # The coreset is chosen from this many candidates for each of its patches.
+    config.memory_bank.candidates_per_patch = 48
+    # Good images that are used: three quarters give the patches, the others calibrate distances.
+    config.memory_bank.num_bank_images = 256
+    # Weights of the position of a patch; one is selected for each category.
+    config.memory_bank.position_weights = (0.0, 0.5, 1.0, 2.0, 4.0)
+    # Weights of the distances in the logits of the predicted map: half size, quarter size.
+    config.memory_bank.distance_weights = (0.5, 0.25)
 
     # Losses (losses.py). A weight of zero switches a loss off; without both the adversarial and the
     # reconstruction loss (an ablation) the generator draws the map from the image alone.

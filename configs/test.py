@@ -14,7 +14,7 @@ def get_config(categories: str = "all") -> ConfigDict:
     config.categories = ("all",) if categories == "all" else tuple(categories.split(","))
     config.image_size = (32, 32)
     config.model.width = 8
-    config.model.memory = 64
+    config.memory_bank.size = 64
     config.model.depth = 2
     config.model.latent = 8
     config.model.discriminator_width = 8

@@ -1,6 +1,4 @@
-"""Augmentation of good parts."""
-
-from functools import partial
+"""Augmentation of good images."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +7,23 @@ import numpy as np
 from anoseg_jax.method import augment
 
 IMAGE = jax.random.uniform(jax.random.key(0), (9, 9, 3))
+KEYS = jax.random.split(jax.random.key(1), 256)
+
+
+def options(**values):
+    """Options as the training step takes them: arrays, not Python values."""
+    defaults = dict.fromkeys(["flip_horizontal", "flip_vertical", "rotation", "shift"], 0.0)
+    return {k: np.float32(v) for k, v in (defaults | {"brightness": 0.0} | values).items()}
+
+
+@jax.jit
+def draw(arrays, keys, image):
+    return jax.vmap(lambda key: augment.augment(key, image, **arrays))(keys)
 
 
 def test_nothing_is_changed_when_all_is_off():
     np.testing.assert_array_equal(augment.augment(jax.random.key(0), IMAGE), IMAGE)
+    assert all(np.array_equal(image, IMAGE) for image in draw(options(), KEYS, IMAGE))
 
 
 def test_warp_without_angle_and_offset_is_the_identity():
@@ -32,20 +43,61 @@ def test_warp_shifts_down_and_right_and_repeats_the_edge():
     np.testing.assert_allclose(shifted[0, 1:], IMAGE[0, :-1], atol=1e-6)
 
 
-def test_flips_give_the_four_mirror_images_and_no_other():
-    flip = jax.jit(partial(augment.augment, flip_horizontal=True, flip_vertical=True))
-    drawn = {
-        np.asarray(flip(key, IMAGE)).tobytes() for key in jax.random.split(jax.random.key(1), 40)
-    }
+def test_flips_give_the_four_mirror_images_equally_often_and_no_other():
+    images = np.asarray(draw(options(flip_horizontal=1, flip_vertical=1), KEYS, IMAGE))
     mirrored = [IMAGE, IMAGE[::-1], IMAGE[:, ::-1], IMAGE[::-1, ::-1]]
-    assert drawn == {np.asarray(image).tobytes() for image in mirrored}
+    counts = [sum(np.array_equal(image, expected) for image in images) for expected in mirrored]
+    assert sum(counts) == len(KEYS)
+    assert 0.15 < min(counts) / len(KEYS) and max(counts) / len(KEYS) < 0.35
+    # Each flip alone happens in half of the draws.
+    for name, expected in [("flip_horizontal", IMAGE[:, ::-1]), ("flip_vertical", IMAGE[::-1])]:
+        images = np.asarray(draw(options(**{name: 1}), KEYS, IMAGE))
+        assert 0.4 < np.mean([np.array_equal(image, expected) for image in images]) < 0.6
 
 
 def test_brightness_scales_within_its_bounds_and_stays_in_range():
-    change = jax.jit(partial(augment.augment, brightness=0.2))
-    gains = []
-    for key in jax.random.split(jax.random.key(1), 40):
-        image = change(key, 0.5 * IMAGE)
-        gains.append(float(image[0, 0, 0] / (0.5 * IMAGE[0, 0, 0])))
-        assert np.max(image) <= 1
-    assert 0.8 <= min(gains) < 0.9 and 1.1 < max(gains) <= 1.2
+    images = np.asarray(draw(options(brightness=0.2), KEYS, 0.5 * IMAGE))
+    gains = images[:, 0, 0, 0] / (0.5 * IMAGE[0, 0, 0])
+    assert images.max() <= 1
+    assert 0.8 <= gains.min() < 0.82 and 1.18 < gains.max() <= 1.2001
+    assert 0.97 < gains.mean() < 1.03
+
+
+def test_rotation_and_shift_are_drawn_from_both_directions_up_to_their_bounds():
+    rows, columns = np.mgrid[:33, :33] / 32
+    image = jnp.asarray(np.stack([rows, columns, rows], -1), jnp.float32)
+    shifted = np.asarray(draw(options(shift=0.25), KEYS, image))[:, 16, 16, :2]
+    offsets = (0.5 - shifted) * 32 / 33  # as fractions of the image's size
+    assert np.all(np.abs(offsets) <= 0.25 + 1e-4)
+    assert np.all(offsets.min(axis=0) < -0.22) and np.all(offsets.max(axis=0) > 0.22)
+    turned = np.asarray(draw(options(rotation=30.0), KEYS, image))
+    slopes = (turned[:, 16, 20, 0] - turned[:, 16, 16, 0]) * 32 / 4  # sine of the angle
+    angles = np.rad2deg(np.arcsin(slopes))
+    assert np.all(np.abs(angles) <= 30.01) and angles.min() < -27 and angles.max() > 27
+
+
+def test_one_image_alone_and_among_others_is_augmented_alike():
+    arrays = options(flip_horizontal=1, rotation=10, shift=0.1, brightness=0.2)
+    many = draw(arrays, KEYS, IMAGE)
+    for index in range(3):
+        alone = augment.augment(KEYS[index], IMAGE, **arrays)
+        np.testing.assert_allclose(alone, many[index], atol=1e-5)
+
+
+def test_other_values_of_the_options_do_not_trace_again():
+    traces = []
+
+    @jax.jit
+    def counted(arrays, keys):
+        traces.append(1)
+        return jax.vmap(lambda key: augment.augment(key, IMAGE, **arrays))(keys)
+
+    counted(options(), KEYS[:2])
+    counted(options(flip_horizontal=1, rotation=5.0, shift=0.1, brightness=0.1), KEYS[:2])
+    assert len(traces) == 1
+
+
+def test_the_warp_stays_conditional_in_a_batch():
+    # As a select it would warp the images of every category.
+    traced = jax.make_jaxpr(draw)(options(), KEYS[:2], IMAGE)
+    assert " cond[" in str(traced)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is damaged is found, named and passed over; what was saved stays."""
+"""Checkpoints: damaged ones are named and skipped, and intact ones are kept."""
 
 import json
 import subprocess
@@ -62,7 +62,7 @@ def remove_item(item):
 
 
 def lose_an_array(folder):
-    """As a file system does that loses what is in a file but not the file: its hash tells."""
+    """Stands for a file system that loses the content of a file: the hash does not match."""
     record = folder / "record" / "metadata"
     content = json.loads(record.read_text())
     record.write_text(json.dumps(content | {"state_sha256": "0" * 64}))
@@ -79,7 +79,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(
+def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_is_used(
     directory, fault, capsys
 ):
     FAULTS[fault](directory / "4")
@@ -91,7 +91,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_is_used(
     assert line.endswith("; step 2 is used")
 
 
-def test_the_steps_of_a_damaged_checkpoint_come_again_and_it_is_kept_aside(directory):
+def test_a_damaged_checkpoint_is_set_aside_when_its_step_is_saved_again(directory):
     truncate_arrays(directory / "4")
     with checkpoint.open_manager(directory) as manager:
         saved = checkpoint.restore(manager, template=make_state(0))
@@ -101,7 +101,7 @@ def test_the_steps_of_a_damaged_checkpoint_come_again_and_it_is_kept_aside(direc
     assert (directory.parent / "damaged_4" / "state").exists()
 
 
-def test_if_none_is_whole_training_does_not_start_anew_unasked(directory):
+def test_if_all_are_damaged_training_does_not_start_anew_by_itself(directory):
     for step in ("2", "4"):
         truncate_arrays(directory / step)
     with pytest.raises(checkpoint.CheckpointError) as caught:
@@ -111,18 +111,47 @@ def test_if_none_is_whole_training_does_not_start_anew_unasked(directory):
     assert f"to start anew remove {directory}" in str(caught.value)
 
 
-def test_a_state_is_restored_as_it_was_with_and_without_a_template(directory):
+def test_a_state_is_restored_to_the_bit_with_and_without_a_template(directory):
     with checkpoint.open_manager(directory, create=False) as manager:
         saved = checkpoint.restore(manager, template=make_state(0))
     assert isinstance(saved.state, TrainState) and saved.state.step == 4
-    assert checkpoint.state_sha256(saved.state) == checkpoint.state_sha256(make_state(4))
+    assert checkpoint.arrays_sha256(saved.state) == checkpoint.arrays_sha256(make_state(4))
     assert (
-        checkpoint.state_sha256(checkpoint.restore_newest(directory).state)
+        checkpoint.arrays_sha256(checkpoint.restore_newest(directory).state)
         == (saved.record["state_sha256"])
     )
 
 
-def test_what_a_kill_left_half_written_is_no_checkpoint_and_goes(directory):
+def test_the_hash_is_of_dtypes_shapes_and_values():
+    """Names do not count: a state has the hash of the nested dicts that it is restored as."""
+    arrays = {"a": np.arange(4.0), "b": np.zeros(2)}
+    sha256 = checkpoint.arrays_sha256(arrays)
+    assert sha256 == checkpoint.arrays_sha256([np.zeros(2), arrays["a"].copy()])
+    others = [
+        {"a": np.arange(4.0) + 1e-12, "b": np.zeros(2)},
+        {"a": np.arange(4.0).reshape(2, 2), "b": np.zeros(2)},
+        {"a": np.arange(4.0), "b": np.zeros(2, np.float32)},
+        {"a": np.arange(4.0), "b": np.zeros(2), "c": np.zeros(2)},
+    ]
+    assert sha256 not in {checkpoint.arrays_sha256(other) for other in others}
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_in_one_line(directory):
+    """Before its options are compared and its arrays are read: both have changed."""
+    path = directory / "4" / "record" / "metadata"
+    record = json.loads(path.read_text())
+    assert record.pop("format") == 2
+    for older in (record, record | {"format": 1}):
+        path.write_text(json.dumps(older))
+        with pytest.raises(checkpoint.CheckpointError) as caught:
+            checkpoint.restore_newest(directory)
+        assert str(caught.value) == (
+            f"{directory / '4'} was written by an older version of anoseg_jax, which this one "
+            "cannot read: train again in a new --workdir"
+        )
+
+
+def test_a_half_written_checkpoint_is_ignored_and_removed(directory):
     (directory / "4").rename(directory / "6.orbax-checkpoint-tmp")
     with checkpoint.open_manager(directory) as manager:
         assert checkpoint.restore(manager).step == 2
@@ -130,8 +159,8 @@ def test_what_a_kill_left_half_written_is_no_checkpoint_and_goes(directory):
     assert {path.name for path in directory.iterdir()} == {"2", "8"}
 
 
-def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(directory):
-    """The disk stands for a limit on the size of files, which needs no privileges."""
+def test_on_a_full_disk_the_error_is_one_line_and_the_previous_checkpoint_is_kept(directory):
+    """A limit on the size of files stands for the disk: it needs no privileges."""
     program = """
 import resource, sys
 import numpy as np

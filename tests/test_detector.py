@@ -1,4 +1,4 @@
-"""The image-level detector: what it learns, what it leaves alone, and whose it is."""
+"""The image-level detector: its training, its scores, and the generator that it belongs to."""
 
 import itertools
 import json
@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from anoseg_jax import evaluate
-from anoseg_jax.method import detector, models, predict, train
-from anoseg_jax.running import checkpoint
+from anoseg_jax.deploy.predictor import Predictor
+from anoseg_jax.images import batches
+from anoseg_jax.method import detector, memory_bank, models, predict, train
+from anoseg_jax.running import checkpoint, loop
 from configs import test as test_config
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+KEPT, HELD_OUT = batches.hold_out(len(IMAGES), fraction=0.4, seed=0)
 
 
 def make_config(**changes):
@@ -26,41 +29,38 @@ def make_config(**changes):
     return config
 
 
-def batches(start, images=IMAGES):
-    """The batch of each step, by the step's number alone."""
-    for step in itertools.count(start):
-        yield np.roll(images, step, axis=0)[:4]
-
-
 class Killed(Exception):
     """Stands for the end of the process: nothing after it runs."""
 
 
-def killed_after(steps):
-    def killed_batches(start):
-        yield from itertools.islice(batches(start), steps)
-        raise Killed
-
-    return killed_batches
+def killed_after_three_steps(arrays, start, **options):
+    yield from itertools.islice(batches.train_batches(arrays, start, **options), 3)
+    raise Killed
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A category with a generator; its detector is killed once and resumed."""
     folder = tmp_path_factory.mktemp("bolt")
-    train.fit(make_config(), batches, folder)
-    files = sorted((folder / "checkpoints").rglob("*"))
-    before = [path.read_bytes() for path in files if path.is_file()]
+    train.fit(make_config(), IMAGES, folder)
+    files = [path for path in sorted((folder / "checkpoints").rglob("*")) if path.is_file()]
+    before = [path.read_bytes() for path in files]
     with pytest.raises(Killed):
-        detector.fit(make_config(), killed_after(3), folder, held_out=IMAGES[:2])
-    detector.fit(make_config(), batches, folder, held_out=IMAGES[:2])
-    assert [path.read_bytes() for path in files if path.is_file()] == before
+        detector.fit(make_config(), IMAGES, folder, make_batches=killed_after_three_steps)
+    detector.fit(make_config(), IMAGES, folder)
+    assert [path.read_bytes() for path in files] == before
     return folder
 
 
 @pytest.fixture(scope="module")
 def predictor(folder):
-    return predict.Predictor(folder, batch_size=4, detector=True)
+    return Predictor(folder, batch_size=4, detector=True)
+
+
+def generator_of(folder):
+    """Returns the generator's averaged weights and memory bank, as the detector gets them."""
+    state = checkpoint.restore_newest(folder / "checkpoints").state
+    return {"params": state["ema"], "memory_bank": memory_bank.from_dicts(state["memory_bank"])}
 
 
 def test_the_distance_by_hand_is_zero_for_equal_pairs():
@@ -71,42 +71,64 @@ def test_the_distance_by_hand_is_zero_for_equal_pairs():
     np.testing.assert_allclose(predict.feature_distance(features, moved), [0, 0.5])
 
 
-def test_a_pair_that_is_reconstructed_exactly_scores_zero(predictor):
+def test_a_pair_that_is_reconstructed_exactly_scores_zero(folder):
     class Copy:
         def apply(self, variables, images, maps):
             return images, maps
 
     discriminator = models.create_detector(make_config().model, make_config().detector)[1]
+    state = checkpoint.restore_newest(folder / "detector" / "checkpoints").state
+    params = {"detector": {}, "discriminator": state["discriminator"]}
     maps = jnp.full((4, 32, 32), 0.3)
     scores = predict.detect_fn(
-        predictor.detector.params, IMAGES[:4], maps, detector=Copy(), discriminator=discriminator
+        params, IMAGES[:4], maps, detector=Copy(), discriminator=discriminator
     )
     np.testing.assert_array_equal(scores, 0)
 
 
-def test_it_trains_both_its_players_and_not_the_generator(folder, predictor):
-    generator, _, _, _ = checkpoint.restore_variables(folder / "checkpoints")
-    parts = detector.create_parts(make_config(), generator)
-    initial = jax.device_get(parts.create_state(IMAGES[:4]))
+def test_it_trains_both_its_players_for_the_generator_of_its_record(folder, predictor):
+    static, options = detector.split_options(make_config())
+    init_key, _ = detector.seed_keys(0)
+    initial = detector.create_state(init_key, options, static=static, image_size=(32, 32))
     state, config, record, step = checkpoint.restore_newest(folder / "detector" / "checkpoints")
     assert step == 4 and config["num_steps"] == 4
-    for player in ("generator", "discriminator", "ema"):
+    for player in ("detector", "discriminator", "ema"):
         before, after = getattr(initial, player), state[player]
-        assert checkpoint.params_sha256(before) != checkpoint.params_sha256(after)
-    assert record["generator_sha256"] == checkpoint.params_sha256(generator)
+        assert checkpoint.arrays_sha256(before) != checkpoint.arrays_sha256(after)
+    generator = generator_of(folder)
+    sha256 = checkpoint.arrays_sha256((generator["params"], generator["memory_bank"]))
+    assert record["generator_sha256"] == predictor.weights_sha256 == sha256
     assert record["thresholds"].keys() == {"image"} and record["train_seconds"] > 0
-    held_out = predictor.detector(IMAGES[:2], predictor(IMAGES[:2])[0])
+    held_out = predictor.detector(IMAGES[HELD_OUT], predictor(IMAGES[HELD_OUT])[0])
     assert record["thresholds"]["image"]["threshold"] == pytest.approx(held_out.max(), rel=1e-5)
+
+
+def test_the_detectors_checkpoint_has_no_copy_of_the_memory_bank(folder):
+    state = checkpoint.restore_newest(folder / "detector" / "checkpoints").state
+    assert "memory_bank" not in state
+    assert checkpoint.restore_newest(folder / "checkpoints").state["memory_bank"]
+
+
+def test_the_maps_it_learns_from_are_leave_one_out(folder):
+    """The images are in the bank; distances to themselves would hide what is unusual in them."""
+    static, options = detector.split_options(make_config(**{"augment.flip_horizontal": False}))
+    options |= generator_of(folder)
+    in_bank = np.unique(options["memory_bank"].fine.patch_image_ids)
+    batch = {"image": IMAGES[in_bank], "image_id": in_bank.astype(np.int32)}
+    make_examples = jax.jit(partial(detector.make_examples, static=static))
+    maps = make_examples(jax.random.key(0), batch, options)["maps"]
+    unknown = batch | {"image_id": np.full(len(in_bank), -1, np.int32)}
+    assert np.mean(maps) > np.mean(make_examples(jax.random.key(0), unknown, options)["maps"])
 
 
 def test_a_resumed_detector_equals_an_uninterrupted_one_to_the_bit(folder, tmp_path):
     (tmp_path / "checkpoints").symlink_to(folder / "checkpoints")
-    detector.fit(make_config(), batches, tmp_path)
+    detector.fit(make_config(), IMAGES, tmp_path)
     whole, resumed = (
-        checkpoint.restore_newest(path / "detector" / "checkpoints")[0]
+        checkpoint.restore_newest(path / "detector" / "checkpoints").record
         for path in (tmp_path, folder)
     )
-    assert checkpoint.params_sha256(whole) == checkpoint.params_sha256(resumed)
+    assert whole["state_sha256"] == resumed["state_sha256"]
     lines = [
         [json.loads(line) for line in (path / "detector" / "train_log.jsonl").open()]
         for path in (tmp_path, folder)
@@ -119,38 +141,66 @@ def test_a_resumed_detector_equals_an_uninterrupted_one_to_the_bit(folder, tmp_p
 
 def test_the_number_of_devices_changes_nothing_but_rounding(folder):
     """The first line of the log is of four devices; here the same step on one."""
-    generator = checkpoint.restore_variables(folder / "checkpoints")[0]
-    parts = detector.create_parts(make_config(), generator)
-    state = parts.create_state(IMAGES[:4])
-    step = jax.jit(partial(parts.train_step, axis_name=None))
-    _, metrics = step(state, IMAGES[:4], parts.draw_key, *parts.frozen)
-    of_four = json.loads((folder / "detector" / "train_log.jsonl").read_text().splitlines()[0])
+    static, options = detector.split_options(make_config())
+    options |= generator_of(folder)
+    init_key, step_key = detector.seed_keys(0)
+    state = detector.create_state(init_key, options, static=static, image_size=(32, 32))
+    arrays = {"image": IMAGES[KEPT], "image_id": KEPT.astype(np.int32)}
+    batch = next(batches.train_batches(arrays, 0, batch_size=4, seed=0))
+    step = jax.jit(partial(detector.train_step, static=static, axis_name=None))
+    _, metrics = step(state, batch, step_key, options)
+    four_devices = json.loads((folder / "detector" / "train_log.jsonl").read_text().splitlines()[0])
     assert {name for name in metrics if name.startswith("loss_")} == {
         *("loss_reconstruction", "loss_adversarial", "loss_discriminator")
     }
     for name, value in metrics.items():
-        assert of_four[name] == pytest.approx(float(value), rel=1e-5), name
+        assert four_devices[name] == pytest.approx(float(value), rel=1e-5), name
 
 
-def test_another_generator_is_refused_in_one_line(folder, tmp_path):
+def test_another_category_compiles_nothing_for_its_steps(folder, tmp_path):
+    """With other options that are arrays, after a category with equal static options."""
+    (tmp_path / "checkpoints").symlink_to(folder / "checkpoints")
+    compilations, before_steps = [], []
+
+    def listen(event, *args, **kwargs):
+        if event.endswith("backend_compile_duration"):
+            compilations.append(event)
+
+    def make_batches(arrays, start, **options):
+        for batch in batches.train_batches(arrays, start, **options):
+            before_steps.append(len(compilations))
+            yield batch
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    config = make_config(**{"augment.rotation": 5.0, "ema_decay": 0.5, "detector.num_steps": 6})
+    detector.fit(config, IMAGES, tmp_path, make_batches=make_batches)
+    assert len(before_steps) == 6 and len(set(before_steps)) == 1
+
+
+@pytest.mark.parametrize("other", ["weights", "memory bank"])
+def test_another_generator_is_refused_in_one_line(folder, tmp_path, other):
     (tmp_path / "detector").symlink_to(folder / "detector")
     state, config, record, step = checkpoint.restore_newest(folder / "checkpoints")
-    state["ema"] = jax.tree.map(lambda x: x + 1e-6, state["ema"])
+    if other == "weights":
+        state["ema"] = jax.tree.map(lambda x: x + 1e-6, state["ema"])
+    else:
+        state["memory_bank"]["fine"]["patches"][0, 0] += 1e-3
     with checkpoint.open_manager(tmp_path / "checkpoints") as manager:
         checkpoint.save(manager, state, step, config=config, record=record)
     for use in (
-        lambda: detector.fit(make_config(), batches, tmp_path),
-        lambda: predict.Predictor(tmp_path, detector=True),
+        lambda: detector.fit(make_config(), IMAGES, tmp_path),
+        lambda: Predictor(tmp_path, detector=True),
     ):
-        with pytest.raises(predict.DetectorError, match="remove that folder") as caught:
+        with pytest.raises(detector.DetectorError, match="remove that folder") as caught:
             use()
         assert "\n" not in str(caught.value)
-    predict.Predictor(tmp_path)
+    Predictor(tmp_path)
 
 
 def test_other_options_of_the_detector_are_refused(folder):
-    with pytest.raises(train.TrainingError, match="learning_rate was"):
-        detector.fit(make_config(**{"detector.learning_rate": 0.5}), batches, folder)
+    config = make_config(**{"detector.learning_rate": 0.5, "detector.num_steps": 5})
+    with pytest.raises(loop.TrainingError, match="learning_rate was"):
+        detector.fit(config, IMAGES, folder)
 
 
 def test_results_have_both_scores_and_those_that_are_asked_for_on_top(predictor, tmp_path):
@@ -163,22 +213,22 @@ def test_results_have_both_scores_and_those_that_are_asked_for_on_top(predictor,
         "defect_type": np.array(["good"] * 3 + ["dent"] * 3),
         "name": np.array([f"{index}.png" for index in range(6)]),
     }
-    both = {}
+    results_of = {}
     for kind in ("map", "detector"):
         evaluation = evaluate.evaluate(
             predictor, [batch], detector=predictor.detector, image_score=kind
         )
-        both[kind] = results = evaluation.results
+        results_of[kind] = results = evaluation.results
         scores = results["image_scores"]
         assert results["image_auroc"] == scores[kind]["image_auroc"]
         assert all(row["score"] == row[f"score_{kind}"] for row in evaluation.images)
         record = (predictor if kind == "map" else predictor.detector).record
-        made = record["thresholds"]["image"]["threshold"]
-        assert results["thresholds"]["image"]["threshold"] == made
+        recorded = record["thresholds"]["image"]["threshold"]
+        assert results["thresholds"]["image"]["threshold"] == recorded
         assert scores["detector"]["train_seconds"] > 0 and 0 < scores["detector"]["train_share"] < 1
-    assert both["map"]["image_scores"] == both["detector"]["image_scores"]
+    assert results_of["map"]["image_scores"] == results_of["detector"]["image_scores"]
     assert evaluation.images[0]["score_map"] != evaluation.images[0]["score_detector"]
-    evaluate.write_results(tmp_path, "bolt", both["map"], config="{}", command="")
+    evaluate.write_results(tmp_path, "bolt", results_of["map"], config="{}", command="")
     evaluate.write_evaluation(tmp_path, evaluation, batch)
     assert "| image_auroc of | map | detector |" in (tmp_path / "results.md").read_text()
     header = (tmp_path / "images.csv").read_text().splitlines()[0]

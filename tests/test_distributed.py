@@ -1,4 +1,4 @@
-"""The job: its lock, its signals, and what its processes share. The command: test_launch.py."""
+"""The processes of a run: locks, and what they share. Signals: test_launch.py."""
 
 import subprocess
 import sys
@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from anoseg_jax import UsageError, input_pipeline
+from anoseg_jax import UsageError
+from anoseg_jax.images import batches
 from anoseg_jax.running import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_a_folder_is_one_jobs_at_a_time(tmp_path):
+def test_a_folder_is_locked_against_other_runs(tmp_path):
     folder = tmp_path / "w"
     with distributed.lock(folder):
         for shared in (False, True):
@@ -30,8 +31,8 @@ def test_a_folder_is_one_jobs_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_the_processes_shares_of_a_batch_are_disjoint_and_complete(monkeypatch, processes):
-    order = input_pipeline.batch_order(count=10, batch_size=8, seed=3, step=5)
+def test_the_rows_of_the_processes_are_disjoint_and_complete(monkeypatch, processes):
+    order = batches.batch_order(count=10, batch_size=8, seed=3, step=5)
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     shares = []
     for index in range(processes):
@@ -41,7 +42,7 @@ def test_the_processes_shares_of_a_batch_are_disjoint_and_complete(monkeypatch, 
     assert sum(shares, []) == order.tolist()
 
 
-def test_processes_that_differ_are_told_before_they_train(monkeypatch):
+def test_processes_that_differ_are_refused_before_they_train(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
         distributed.multihost_utils,
@@ -49,8 +50,8 @@ def test_processes_that_differ_are_told_before_they_train(monkeypatch):
         lambda mine: np.stack([mine, mine + (mine > 200)]),
     )
     distributed.check_equal({"options": "00"})
-    with pytest.raises(UsageError, match="process 1 has other images_sha256 than process 0: all"):
-        distributed.check_equal({"options": "00", "images_sha256": "00ff"})
+    with pytest.raises(UsageError, match="process 1 differs from process 0 in its images: all"):
+        distributed.check_equal({"options": "00", "images": "00ff"})
 
 
 def test_the_flags_of_several_processes_need_each_other():
@@ -70,4 +71,7 @@ except UsageError as error:
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert "processes do not meet" in done.stdout and "--coordinator=HOST:PORT" in done.stdout
+    assert (
+        "processes of this run do not meet" in done.stdout
+        and "--coordinator=HOST:PORT" in done.stdout
+    )

@@ -1,4 +1,4 @@
-"""Everything but checkpoints works on an object store: gs://, and TensorFlow's own files."""
+"""Everything but checkpoints works on an object store (gs://), and through TensorFlow's files."""
 
 import ast
 import csv
@@ -134,7 +134,7 @@ def test_the_log_grows_and_is_cut_at_a_step(root):
 
 
 def test_paths_are_those_of_epath_and_files_are_not_opened_otherwise():
-    for path in (*ROOT.glob("anoseg_jax/*.py"), *ROOT.glob("data/*.py"), ROOT / "launch.py"):
+    for path in (*ROOT.glob("anoseg_jax/**/*.py"), *ROOT.glob("data/*.py"), ROOT / "launch.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             where = f"{path}:{getattr(node, 'lineno', '')}"
             if isinstance(node, ast.ImportFrom):

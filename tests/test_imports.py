@@ -1,4 +1,4 @@
-"""Who may import whom (docs/architecture.md), read from the files."""
+"""Which module may import which (docs/architecture.md), read from the files."""
 
 import ast
 from pathlib import Path
@@ -6,65 +6,102 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Each module may import those after it; the leaves import none of them.
-ORDER = (
-    *("experiment", "shards", "replay", "compare_page", "ablation", "report", "compare"),
-    *("pictures", "evaluate", "torch_weights", "dry_run", "detector", "train", "options"),
-    *("predict", "train_state", "train_log"),
+# A group may import the groups to its right only; modules of one folder may import each other.
+FOLDERS = (("deploy", "interop"), ("method",), ("running", "images"))
+# Within method/, where modules of one group may not import each other.
+METHOD = (
+    *(("detector",), ("train",), ("predict", "thresholds", "train_state")),
+    ("models", "memory_bank", "defects", "augment", "losses"),
+    ("shapes",),
 )
-LEAVES = (
-    *("models", "augment", "defects", "losses", "metrics", "checkpoint", "input_pipeline"),
-    *("baselines", "peers", "files", "job"),
-)
-TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorboard"}
-CLU_WITH_TENSORFLOW = {"clu.metric_writers", "clu.periodic_actions"}
+# Modules directly in anoseg_jax/: they may import each other and all folders.
+FLAT = {path.stem for path in (ROOT / "anoseg_jax").glob("*.py")} - {"__init__"}
+# Replay writes the versions of libraries into its file.
+MAY_IMPORT_FLAT = {("interop.replay", "evaluate")}
+TENSORFLOW = ("tensorflow", "tensorflow_datasets", "tensorboard", "clu.metric_writers")
+
+
+def module_name(path):
+    """Returns the name below anoseg_jax, such as "method.train"."""
+    parts = path.relative_to(ROOT / "anoseg_jax").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+PATHS = {module_name(path): path for path in (ROOT / "anoseg_jax").rglob("*.py")}
+MODULES = sorted(PATHS.keys() - {""})
 
 
 def imports(path, *, only_top_level=False):
+    """Returns the dotted names that a file imports, also those of single functions."""
     tree = ast.parse(path.read_text())
     names = set()
     for node in tree.body if only_top_level else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def siblings(path):
-    parts = [name.split(".") for name in imports(path)]
-    return {part[1] for part in parts if part[0] == "anoseg_jax"} & {*ORDER, *LEAVES}
+def imported_modules(module, **options):
+    """Returns the modules of anoseg_jax that one of them imports."""
+    names = {
+        name.removeprefix("anoseg_jax.")
+        for name in imports(PATHS[module], **options)
+        if name.startswith("anoseg_jax.")
+    }
+    known = names & PATHS.keys()
+    return known | {name.rpartition(".")[0] for name in names - known} - {""}
 
 
-def test_every_module_has_its_place():
-    there = {path.stem for path in (ROOT / "anoseg_jax").glob("*.py")} - {"__init__"}
-    assert there == {*ORDER, *LEAVES}
+def group_of(name, groups):
+    return next((i for i, group in enumerate(groups) if name in group), None)
 
 
-@pytest.mark.parametrize("module", LEAVES)
-def test_a_leaf_imports_no_sibling(module):
-    assert not siblings(ROOT / "anoseg_jax" / f"{module}.py")
+def test_every_folder_and_every_module_of_the_method_has_its_place():
+    folders = {module.partition(".")[0] for module in MODULES} - FLAT
+    assert folders == {name for group in FOLDERS for name in group}
+    modules = {module.removeprefix("method.") for module in MODULES if "method." in module}
+    assert modules == {name for group in METHOD for name in group}
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_imports_go_down_the_list_only(module):
-    below = {*ORDER[ORDER.index(module) + 1 :], *LEAVES}
-    if module != "experiment":
-        below.remove("input_pipeline")
-    assert siblings(ROOT / "anoseg_jax" / f"{module}.py") <= below
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in FLAT])
+def test_folders_import_folders_to_the_right_only(module):
+    folder = module.partition(".")[0]
+    for imported in imported_modules(module):
+        other = imported.partition(".")[0]
+        if other == folder or (module, imported) in MAY_IMPORT_FLAT:
+            continue
+        assert other not in FLAT, imported
+        assert group_of(other, FOLDERS) > group_of(folder, FOLDERS), imported
+
+
+@pytest.mark.parametrize("module", [name for group in METHOD for name in group])
+def test_the_methods_modules_import_modules_to_the_right_only(module):
+    for imported in imported_modules(f"method.{module}"):
+        if imported.startswith("method."):
+            other = imported.removeprefix("method.")
+            assert group_of(other, METHOD) > group_of(module, METHOD), imported
 
 
 def test_only_launch_and_data_import_data_and_nothing_imports_configs():
-    for path in (ROOT / "anoseg_jax").glob("*.py"):
+    for path in PATHS.values():
         tops = {name.split(".")[0] for name in imports(path)}
         assert not tops & {"data", "configs", "tests"}, path
-    assert not any(n.startswith("configs") for n in imports(ROOT / "launch.py"))
+    assert not any(name.startswith("configs") for name in imports(ROOT / "launch.py"))
 
 
-def test_tensorflow_has_one_door():
-    for path in (ROOT / "anoseg_jax").glob("*.py"):
-        if path.stem in ("input_pipeline", "experiment"):  # the door, and the room behind it
-            continue
-        names = imports(path, only_top_level=True)
-        assert not {name.split(".")[0] for name in names} & TENSORFLOW, path
-        assert not {".".join(name.split(".")[:2]) for name in names} & CLU_WITH_TENSORFLOW, path
+def test_importing_a_module_imports_no_tensorflow_but_for_the_input_pipeline():
+    """And experiment, which imports the input pipeline."""
+    with_tensorflow = {
+        module
+        for module in PATHS
+        for name in imports(PATHS[module], only_top_level=True)
+        if name.startswith(TENSORFLOW)
+    }
+    assert with_tensorflow == {"input_pipeline"}
+    for module in MODULES:
+        if with_tensorflow & imported_modules(module, only_top_level=True):
+            assert module == "experiment"
+        assert "experiment" not in imported_modules(module)

@@ -1,9 +1,10 @@
-"""From files to batches: sizes, order, and that nothing is lost."""
+"""From files to batches: sizes, order, and no image is lost."""
 
 import numpy as np
 import pytest
 
 from anoseg_jax import input_pipeline
+from anoseg_jax.images import batches
 
 
 def example(index, *, size=(8, 8), mask=None):
@@ -61,60 +62,25 @@ def test_a_defect_of_one_pixel_never_vanishes(pixel):
     assert resized[pixel[0] * 9 // 100, pixel[1] * 7 // 100]
 
 
-def test_every_epoch_shows_each_image_once_in_an_order_of_its_own():
-    order = [
-        input_pipeline.batch_order(count=5, batch_size=4, seed=1, step=step) for step in range(15)
-    ]
-    epochs = np.concatenate(order).reshape(12, 5)
-    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 6
-
-
-def test_the_order_is_a_function_of_seed_and_step():
-    def order(**kwargs):
-        return input_pipeline.batch_order(**{"count": 20, "batch_size": 8, **kwargs}).tolist()
-
-    assert order(seed=1, step=3) == order(seed=1, step=3)
-    assert order(seed=1, step=3) != order(seed=2, step=3)
-    assert order(seed=1, step=3) != order(seed=1, step=4)
-
-
-def test_a_resumed_run_sees_the_batches_that_an_uninterrupted_one_sees():
-    images = np.arange(7 * 3, dtype=np.uint8).reshape(7, 1, 1, 3)
-    whole = input_pipeline.train_batches(images, 0, batch_size=3, seed=5)
-    first = [next(whole) for _ in range(6)]
-    resumed = input_pipeline.train_batches(images, 4, batch_size=3, seed=5)
-    for expected, batch in zip(first[4:], resumed, strict=False):
-        assert batch.dtype == np.uint8
-        np.testing.assert_array_equal(batch, expected)
-
-
-def test_held_out_images_are_no_others_and_do_not_depend_on_what_came_before():
-    images = np.arange(25, dtype=np.uint8).reshape(25, 1, 1, 1)
-    train, held_out = input_pipeline.hold_out(images, fraction=0.2, seed=3)
-    assert len(held_out) == 5
-    assert sorted([*train.ravel(), *held_out.ravel()]) == list(range(25))
-    np.testing.assert_array_equal(
-        held_out, input_pipeline.hold_out(images, fraction=0.2, seed=3)[1]
-    )
-    assert not np.array_equal(held_out, input_pipeline.hold_out(images, fraction=0.2, seed=4)[1])
-
-
-@pytest.mark.parametrize(("count", "fraction"), [(1, 0.9), (9, 0.1), (5, 0.0)])
-def test_too_few_images_are_all_trained_on(count, fraction):
-    images = np.zeros((count, 1, 1, 3), np.uint8)
-    train, held_out = input_pipeline.hold_out(images, fraction=fraction, seed=0)
-    assert len(train) == count and held_out.shape == (0, 1, 1, 3)
-
-
-def test_a_single_image_fills_whole_batches():
-    images = np.full((1, 2, 2, 3), 9, np.uint8)
-    assert next(input_pipeline.train_batches(images, 0, batch_size=4, seed=0)).shape == (4, 2, 2, 3)
+def test_the_pipeline_yields_the_batches_of_numpy_also_when_it_resumes():
+    arrays = {
+        "image": np.arange(7 * 3, dtype=np.uint8).reshape(7, 1, 1, 3),
+        "image_id": np.arange(7, dtype=np.int32),
+    }
+    options = {"batch_size": 4, "seed": 5, "rows": slice(1, 3)}
+    for start in (0, 4):
+        pipeline = input_pipeline.train_batches(arrays, start, **options)
+        expected = batches.train_batches(arrays, start, **options)
+        for one, other, _ in zip(pipeline, expected, range(5), strict=False):
+            assert one.keys() == arrays.keys()
+            for name in arrays:
+                assert one[name].dtype == arrays[name].dtype
+                np.testing.assert_array_equal(one[name], other[name])
 
 
 def test_test_batches_hold_every_image_once():
     arrays = load_all([example(i) for i in range(5)], (4, 4))
-    batches = list(input_pipeline.test_batches(arrays, 2))
-    assert [len(batch["label"]) for batch in batches] == [2, 2, 1]
-    names = np.concatenate([batch["name"] for batch in batches])
+    test_batches = list(input_pipeline.test_batches(arrays, 2))
+    assert [len(batch["label"]) for batch in test_batches] == [2, 2, 1]
+    names = np.concatenate([batch["name"] for batch in test_batches])
     np.testing.assert_array_equal(names, arrays["name"])

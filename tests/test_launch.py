@@ -1,4 +1,4 @@
-"""The command as people use it: its files, its exit codes, its errors, and kill -9."""
+"""The command as people use it: its files, exit codes, errors, Ctrl-C and kill -9."""
 
 import csv
 import json
@@ -90,7 +90,7 @@ def test_one_command_trains_evaluates_and_writes_all_its_files(finished):
     assert len(list(folder.glob("events.*"))) == 1
     assert len(list((folder / "pictures").glob("*.png"))) >= 4
     assert len(list(csv.DictReader(open(folder / "images.csv")))) == 6
-    assert "Reconstructor" in (folder / "parameters.txt").read_text()
+    assert "anomaly_head" in (folder / "parameters.txt").read_text()
     assert str(workdir / "results.md") in done.stdout and "step 6/6" in done.stdout
     for page in (workdir / "report.html", folder / "report.html"):
         assert "bolt" in page.read_text()
@@ -126,7 +126,9 @@ def test_report_and_comparison_are_made_from_the_files_alone(finished, tmp_path)
     assert "bolt" in done.stdout and (tmp_path / "comparison.md").exists()
 
 
-def test_maps_from_files_are_judged_as_a_model_and_compared_with_one(finished, data_dir, tmp_path):
+def test_maps_from_files_are_evaluated_like_a_model_and_compared_with_one(
+    finished, data_dir, tmp_path
+):
     workdir, _ = finished
     with np.load(workdir / "bolt" / "evaluation.npz") as arrays:
         maps, masks = arrays["map"], arrays["mask"]
@@ -143,7 +145,7 @@ def test_maps_from_files_are_judged_as_a_model_and_compared_with_one(finished, d
         for folder in (workdir, tmp_path / "peer")
     )
     assert peer["maps_dir"] == str(tmp_path / "maps") and peer["train_seconds"] is None
-    # Of the 8 bits that were written: the model's own figure is of its maps before rounding.
+    # Of the maps in 8 bits: the model's own metric is of its maps before rounding.
     expected = roc_auc_score(masks.ravel() > 0, maps.ravel())
     assert peer["pixel_auroc"] == pytest.approx(expected, abs=1e-6)
     assert peer["baselines"] == model["baselines"]
@@ -169,7 +171,7 @@ def test_several_seeds_are_run_side_by_side_and_averaged(data_dir, tmp_path):
     assert one["params_sha256"] != two["params_sha256"]
     assert both["pixel_auroc"] == pytest.approx((one["pixel_auroc"] + two["pixel_auroc"]) / 2)
     assert both["pixel_auroc_std"] >= 0
-    detectors = [found["image_scores"]["detector"] for found in (one, two)]
+    detectors = [category["image_scores"]["detector"] for category in (one, two)]
     assert both["image_scores"]["detector"]["image_auroc"] == both["image_auroc"]
     assert both["image_auroc"] == pytest.approx(np.mean([d["image_auroc"] for d in detectors]))
     assert [d["image_auroc"] for d in detectors] == [one["image_auroc"], two["image_auroc"]]
@@ -216,9 +218,9 @@ def start(out, *arguments, devices=None):
         )
 
 
-def signal_at(process, number, checkpoint):
-    """Sends a signal once that checkpoint is there; returns the exit code."""
-    while process.poll() is None and not checkpoint.exists():
+def signal_when(process, number, condition):
+    """Sends a signal once the condition holds; returns the exit code."""
+    while process.poll() is None and not condition():
         time.sleep(0.01)
     assert process.poll() is None, "it was over before it could be stopped"
     process.send_signal(number)
@@ -231,29 +233,54 @@ def category_results(workdir):
     return results
 
 
-def test_killed_stopped_and_damaged_the_same_command_again_changes_nothing(
+RESUME = (
+    r"stopped at step (\d+) of 40\. Checkpoints are kept\. Run the same command again to resume\."
+)
+
+
+def test_killed_stopped_interrupted_and_damaged_the_same_command_again_changes_nothing(
     data_dir, uninterrupted, tmp_path
 ):
     workdir, out = tmp_path / "w", tmp_path / "out"
-    of_run = arguments(data_dir, workdir, *LONG)
+    command_line = arguments(data_dir, workdir, *LONG)
     checkpoints = workdir / "bolt" / "checkpoints"
-    killed = signal_at(start(out, *of_run), signal.SIGKILL, checkpoints / "10")
-    assert killed == -signal.SIGKILL and not (workdir / "results.json").exists()
 
-    stopped = signal_at(start(out, *of_run), signal.SIGTERM, checkpoints / "20")
-    assert stopped == 75
-    lines = out.read_text().splitlines()
-    assert any("resumed at step" in line for line in lines)
-    assert re.fullmatch(r"error: stopped at step \d+ of 40; .* the same command goes on", lines[-1])
-    steps = sorted(int(path.name) for path in checkpoints.iterdir())
-    assert f"step {steps[-1]} of 40" in lines[-1]
+    def run_until(number, condition):
+        return signal_when(start(out, *command_line), number, condition)
 
-    newest = checkpoints / str(steps[-1])
+    def saved_steps():
+        return sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+
+    # Ctrl-C before or while the first step is compiled ends the process at once.
+    code = run_until(signal.SIGINT, lambda: "== bolt" in out.read_text())
+    assert code == -signal.SIGINT
+    assert "Traceback" not in out.read_text() and "error" not in out.read_text()
+    assert not checkpoints.exists() or not saved_steps()
+
+    code = run_until(signal.SIGKILL, (checkpoints / "5").exists)
+    assert code == -signal.SIGKILL and not (workdir / "results.json").exists()
+
+    code = run_until(signal.SIGTERM, (checkpoints / "15").exists)
+    text = out.read_text()
+    assert code == 75 and "resumed at step" in text and "error" not in text
+    assert "SIGTERM: stopping after this step\n" in text
+    (step,) = re.fullmatch(RESUME, text.splitlines()[-1]).groups()
+    assert saved_steps()[-1] == int(step)
+
+    code = run_until(signal.SIGINT, (checkpoints / "25").exists)
+    text = out.read_text()
+    assert code == 75 and f"resumed at step {step}\n" in text and "error" not in text
+    assert "stopping after this step; press Ctrl-C again to stop now\n" in text
+    (step,) = re.fullmatch(RESUME, text.splitlines()[-1]).groups()
+    steps = saved_steps()
+    assert steps[-1] == int(step)
+
+    newest = checkpoints / step
     largest = max(
         (p for p in newest.rglob("*") if p.is_file()), key=lambda path: path.stat().st_size
     )
     largest.write_bytes(largest.read_bytes()[:100])
-    resumed = launch(*of_run)
+    resumed = launch(*command_line)
     assert resumed.returncode == 0 and f"resumed at step {steps[-2]}\n" in resumed.stdout
     assert f"warning: damaged checkpoint {newest}: " in resumed.stderr
     assert category_results(workdir) == category_results(uninterrupted)
@@ -283,14 +310,14 @@ def test_two_processes_give_what_one_gives_and_survive_the_death_of_one(
 
     first, second = start_both()
     checkpoints = workdir / "bolt" / "checkpoints"
-    assert signal_at(first, signal.SIGKILL, checkpoints / "10") == -signal.SIGKILL
+    assert signal_when(first, signal.SIGKILL, (checkpoints / "10").exists) == -signal.SIGKILL
     assert second.wait() not in (0, None)
-    assert re.search("another (task died|process of this job ended)", outs[1].read_text())
+    assert re.search("another (task died|process of this run ended)", outs[1].read_text())
 
     assert [process.wait() for process in start_both()] == [0, 0], outs[0].read_text()
     assert "4 x cpu in 2 processes; resumed at step" in outs[0].read_text()
     assert "bolt: image_auroc" in outs[0].read_text()
-    assert "bolt" not in outs[1].read_text()  # one of them speaks
+    assert "bolt" not in outs[1].read_text()  # the main process alone prints
     logs = [
         [json.loads(line) for line in (w / "bolt" / "train_log.jsonl").read_text().splitlines()]
         for w in (workdir, uninterrupted)
@@ -299,10 +326,12 @@ def test_two_processes_give_what_one_gives_and_survive_the_death_of_one(
     for two, one in zip(logs[0][:12], logs[1], strict=False):  # up to step 20
         for name in ("loss_segmentation", "loss_reconstruction", "loss_discriminator"):
             assert two[name] == pytest.approx(one[name], rel=1e-3), two["step"]
-    assert len(list((workdir / "bolt").glob("events.*"))) == 2  # one a run: one process writes
+    assert (
+        len(list((workdir / "bolt").glob("events.*"))) == 2
+    )  # one a run: the main process alone writes
     two = category_results(workdir)
-    judged = launch(*arguments(data_dir, workdir, *LONG, "--mode=evaluate"))  # of the same weights
-    assert judged.returncode == 0, judged.stderr
+    done = launch(*arguments(data_dir, workdir, *LONG, "--mode=evaluate"))  # of the same weights
+    assert done.returncode == 0, done.stderr
     one = category_results(workdir)
     assert two["params_sha256"] == one["params_sha256"]
     for metric in ("image_auroc", "pixel_auroc", "pixel_ap", "iou", "au_pro"):
@@ -325,8 +354,10 @@ def test_what_cannot_be_measured_is_null_with_a_reason(data_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "w" / "results.json").read_text())
     available = {
-        name: {m for m in ("image_auroc", "pixel_auroc", "iou", "au_pro") if found[m] is not None}
-        for name, found in results["categories"].items()
+        name: {
+            m for m in ("image_auroc", "pixel_auroc", "iou", "au_pro") if category[m] is not None
+        }
+        for name, category in results["categories"].items()
     }
     assert available == {
         "no_masks": {"image_auroc"},
@@ -334,9 +365,9 @@ def test_what_cannot_be_measured_is_null_with_a_reason(data_dir, tmp_path):
         "all_good": set(),
         "one_image": {"image_auroc", "pixel_auroc", "iou", "au_pro"},
     }
-    for found in results["categories"].values():
+    for category in results["categories"].values():
         for metric in ("image_auroc", "pixel_auroc", "iou", "au_pro"):
-            assert found[metric] is not None or found["not_available"][metric]
+            assert category[metric] is not None or category["not_available"][metric]
     one_image = results["categories"]["one_image"]["thresholds"]
     assert one_image["pixel"]["threshold"] is None and "too few" in one_image["pixel"]["how"]
     assert "Not available:" in (tmp_path / "w" / "results.md").read_text()

@@ -15,6 +15,7 @@ from scipy import ndimage
 from sklearn import metrics as sklearn_metrics
 
 from anoseg_jax import metrics
+from anoseg_jax.method import thresholds
 
 SHARED = pathlib.Path(
     os.environ.get("ANOSEG_SHARED", pathlib.Path(__file__).resolve().parents[2] / "shared")
@@ -490,7 +491,7 @@ RATES = st.sampled_from([0.0, 0.01, 0.05, 0.29, 0.5, 1.0])
 @given(MAPS, RATES)
 def test_threshold_from_good_keeps_its_rate_and_is_the_lowest_score_that_does(maps, rate):
     maps = maps + np.float32(0)
-    threshold = metrics.threshold_from_good(maps, rate)
+    threshold = thresholds.threshold_from_good(maps, rate)
     assert np.mean(maps >= threshold) <= rate
     below = maps[maps < threshold]
     if below.size:
@@ -505,12 +506,12 @@ def test_threshold_from_good_looks_at_good_images_only():
     maps, masks, types = example()
     accumulator = accumulate(maps, masks, types)
     good = maps[[name == "good" for name in types]]
-    assert accumulator.threshold_from_good(0.1) == metrics.threshold_from_good(good, 0.1)
+    assert accumulator.threshold_from_good(0.1) == thresholds.threshold_from_good(good, 0.1)
 
 
 @pytest.mark.parametrize("scores", [[], [0.1, np.nan], [np.inf]])
 def test_threshold_from_good_is_none_without_finite_scores(scores):
-    assert metrics.threshold_from_good(np.array(scores), 0.1) is None
+    assert thresholds.threshold_from_good(np.array(scores), 0.1) is None
     accumulator = metrics.SegmentationAccumulator()
     accumulator.add(np.array(scores)[None, None], np.zeros((1, 1, len(scores)), bool))
     assert accumulator.threshold_from_good(0.1) is None
@@ -520,7 +521,7 @@ def test_threshold_from_good_is_none_without_finite_scores(scores):
 @pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan])
 def test_threshold_from_good_refuses_a_rate_outside_0_to_1(rate):
     with pytest.raises(ValueError, match=r"false_positive_rate must be in \[0, 1\]"):
-        metrics.threshold_from_good(np.ones(3), rate)
+        thresholds.threshold_from_good(np.ones(3), rate)
     with pytest.raises(ValueError, match=r"false_positive_rate must be in \[0, 1\]"):
         metrics.SegmentationAccumulator().threshold_from_good(rate)
 

@@ -1,13 +1,9 @@
 """Networks: shapes, coordinates, precision, and what they refuse."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import ndimage
-from sklearn import metrics
 
 from anoseg_jax.method import models
 from configs import test as test_config
@@ -18,9 +14,8 @@ def config():
     return test_config.get_config()
 
 
-def generator_outputs(generator, images):
-    variables = jax.jit(generator.init)(jax.random.key(0), images)
-    return jax.jit(generator.apply)(variables, images)
+def init(module, *inputs):
+    return jax.jit(module.init)(jax.random.key(0), *inputs)
 
 
 def test_coordinates_run_from_minus_one_to_one_by_row_and_column():
@@ -48,18 +43,20 @@ def test_upsample_repeats_every_pixel():
 def test_map_and_reconstruction_have_the_size_of_the_image(config, size):
     generator, discriminator = models.create(config.model, config.loss)
     images = jnp.full((2, *size, 3), 0.5)
-    logits, reconstructions = generator_outputs(generator, images)
+    variables = init(generator, images)
+    logits, reconstructions = jax.jit(generator.apply)(variables, images)
     assert logits.shape == (2, *size) and reconstructions.shape == images.shape
     assert logits.dtype == reconstructions.dtype == jnp.float32
-    variables = jax.jit(discriminator.init)(jax.random.key(0), images, logits)
-    judged = discriminator.apply(variables, images, logits)
-    assert judged.shape == (2, size[0] // 4, size[1] // 4)
+    variables = init(discriminator, images, logits)
+    patch_logits, features = discriminator.apply(variables, images, logits, features=True)
+    assert patch_logits.shape == (2, size[0] // 4, size[1] // 4)
+    assert [x.shape[1:3] for x in features] == [(size[0] // n, size[1] // n) for n in (2, 4)]
 
 
-def test_an_image_is_judged_alone_whatever_else_is_in_its_batch(config):
+def test_an_images_result_does_not_depend_on_the_rest_of_its_batch(config):
     generator, _ = models.create(config.model, config.loss)
     images = jax.random.uniform(jax.random.key(1), (3, 16, 16, 3))
-    variables = jax.jit(generator.init)(jax.random.key(0), images)
+    variables = init(generator, images)
     together = jax.jit(generator.apply)(variables, images)[0]
     alone = jax.jit(generator.apply)(variables, images[1:2])[0]
     np.testing.assert_allclose(together[1], alone[0], rtol=1e-4, atol=1e-5)
@@ -70,7 +67,7 @@ def test_bfloat16_computes_with_float32_parameters_and_outputs(config):
     other.model.dtype = "bfloat16"
     generator, _ = models.create(other.model, other.loss)
     images = jax.random.uniform(jax.random.key(1), (1, 16, 16, 3))
-    variables = jax.jit(generator.init)(jax.random.key(0), images)
+    variables = init(generator, images)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     logits, reconstructions = jax.jit(generator.apply)(variables, images)
     assert logits.dtype == reconstructions.dtype == jnp.float32
@@ -79,28 +76,56 @@ def test_bfloat16_computes_with_float32_parameters_and_outputs(config):
     np.testing.assert_allclose(logits, exact[0], atol=0.3)
 
 
-def test_the_map_is_drawn_without_coordinates_and_reconstruction_when_they_are_off(config):
-    other = config.copy_and_resolve_references()
-    other.model.coords = False
-    other.loss.adversarial_weight = other.loss.reconstruction_weight = 0.0
-    generator, _ = models.create(other.model, other.loss)
+@pytest.mark.parametrize("with_bank", [True, False])
+def test_the_inputs_of_the_head_are_those_that_are_on(config, with_bank):
+    """Image, coordinates, reconstruction, its error; distances to the bank at half the size."""
     images = jax.random.uniform(jax.random.key(1), (1, 16, 16, 3))
-    variables = jax.jit(generator.init)(jax.random.key(0), images)
-    memories = {"PatchMemory_0", "PatchMemory_1"}
-    assert set(variables["params"]) == memories | {"MapHead_0"}
-    assert variables["params"]["PatchMemory_0"]["memory"]["place"] == 0
-    assert variables["params"]["MapHead_0"]["ConvBlock_0"]["Conv_0"]["kernel"].shape[2] == 4 * 3 + 1
-    np.testing.assert_array_equal(generator.apply(variables, images)[1], images)
+    distances = jnp.zeros((1, 8, 8)) if with_bank else None
+
+    def head_inputs(coords, reconstruct):
+        generator = models.Generator(
+            width=8, depth=2, latent=8, coords=coords, reconstruct=reconstruct
+        )
+        params = init(generator, images, distances)["params"]
+        assert ("reconstructor" in params) == reconstruct
+        first, *_ = (x for x in jax.tree.leaves(params["anomaly_head"]) if x.ndim == 4)
+        _, reconstructions = generator.apply({"params": params}, images, distances)
+        assert np.array_equal(reconstructions, images) == (not reconstruct)
+        return first.shape[2]
+
+    assert head_inputs(coords=False, reconstruct=False) == 4 * 3 + with_bank
+    assert head_inputs(coords=True, reconstruct=True) == 4 * (3 + 2 + 3 + 3) + with_bank
+
+
+def test_losses_of_weight_zero_switch_the_reconstruction_off(config):
+    other = config.copy_and_resolve_references()
+    for adversarial, reconstruction, expected in ((0, 0, False), (0.1, 0, True), (0, 1, True)):
+        other.loss.adversarial_weight = float(adversarial)
+        other.loss.reconstruction_weight = float(reconstruction)
+        assert models.create(other.model, other.loss)[0].reconstruct == expected
+
+
+def test_distances_change_the_map_there_and_not_the_reconstruction(config):
+    generator, _ = models.create(config.model, config.loss)
+    images = jax.random.uniform(jax.random.key(1), (1, 16, 16, 3))
+    apply = jax.jit(generator.apply)
+    low = jnp.zeros((1, 8, 8))
+    variables = init(generator, images, low)
+    high = low.at[:, :2].set(5.0)
+    one, other = apply(variables, images, low), apply(variables, images, high)
+    difference = np.abs(one[0] - other[0])[0].mean(axis=1)
+    assert difference[:4].mean() > 2 * difference[-4:].mean()
+    np.testing.assert_array_equal(one[1], other[1])
 
 
 def test_the_reconstruction_learns_nothing_from_the_map(config):
     generator, _ = models.create(config.model, config.loss)
     images = jax.random.uniform(jax.random.key(1), (1, 16, 16, 3))
-    params = jax.jit(generator.init)(jax.random.key(0), images)["params"]
+    params = init(generator, images)["params"]
     map_sum = lambda p: generator.apply({"params": p}, images)[0].sum()  # noqa: E731
     gradients = jax.jit(jax.grad(map_sum))(params)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients["Reconstructor_0"]))
-    assert any(np.any(leaf) for leaf in jax.tree.leaves(gradients["MapHead_0"]))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients["reconstructor"]))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(gradients["anomaly_head"]))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +141,7 @@ def test_a_size_that_the_depth_does_not_divide_is_refused_with_one_that_fits(siz
     [
         ("width", 12, "multiples of 8"),
         ("dtype", "float16", "bfloat16"),
-        ("name", "Other", "must be one of"),
+        ("discriminator_width", 4, "multiples of 8"),
     ],
 )
 def test_an_impossible_network_is_refused(config, key, value, message):
@@ -126,149 +151,12 @@ def test_an_impossible_network_is_refused(config, key, value, message):
 
 def test_flops_are_those_of_the_convolutions(config):
     generator, _ = models.create(config.model, config.loss)
-    small = models.flops_per_image(generator, (16, 16))
-    large = models.flops_per_image(generator, (32, 32))
-    assert 3.5 < large / small < 4.5  # proportional to the pixels, but for the edges
-    # The first convolution of the map head alone: 3x3, 4 x 11 channels in, 8 out, at half size.
-    assert small > 2 * 9 * 44 * 8 * 8 * 8
 
+    def count(side):
+        images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        params = jax.eval_shape(generator.init, jax.random.key(0), images)["params"]
+        return models.count_flops(models.apply_fn(generator), params, images)
 
-def test_patches_are_the_images_own_without_mean_and_contrast():
-    image = jax.random.uniform(jax.random.key(0), (1, 32, 48, 3))
-    found, coords = models.describe_patches(image, patch=4, stride=2)
-    assert found.shape == (1, 8, 12, 4 * 4 * 3) and coords.shape == (8, 12, 2)
-    np.testing.assert_array_equal(coords[[0, -1], [0, -1]], [[-1, -1], [1, 1]])
-    half = np.asarray(image).reshape(16, 2, 24, 2, 3).mean((1, 3))
-    # The patch of row 2, column 3 starts at half a patch, less one, before pixel (4, 6).
-    patch = half[4 - 1 : 4 + 3, 6 - 1 : 6 + 3].ravel()
-    expected = (patch - patch.mean()) / (patch.std() + 0.1)
-    np.testing.assert_allclose(found[0, 2, 3], expected, atol=1e-5)
-
-
-def test_distances_are_to_the_nearest_remembered_patch():
-    images = jax.random.uniform(jax.random.key(0), (6, 32, 32, 3))
-    options = {"components": 5, "patch": 4, "stride": 2}
-    memory = models.remember_patches(
-        jax.random.key(1), images, jnp.arange(len(images)), size=40, coords=True, **options
-    )
-    centre, spread = memory.pop("centre"), memory.pop("spread")
-    assert memory["patches"].shape == (40, 7) and centre > 0 and spread > 0
-    x, coords = models.describe_patches(images[:1], patch=4, stride=2)
-    x = np.asarray(x - memory["mean"])
-    code = x @ memory["basis"]
-    rest = (x**2).sum(-1) - (code**2).sum(-1)
-    place = np.broadcast_to(memory["place"] * coords, (*x.shape[:3], 2))
-    code = np.concatenate([code, place], -1)
-    every = ((code[..., None, :] - memory["patches"]) ** 2).sum(-1)
-    expected = np.sqrt(every.min(-1) + rest)
-    found = models.patch_distances(memory, images[:1], patch=4, stride=2)
-    np.testing.assert_allclose(found, expected, rtol=1e-3)
-
-
-def test_distinct_patches_are_not_drawn_twice_and_no_more_than_there_are():
-    images = jax.random.uniform(jax.random.key(0), (3, 32, 48, 3))
-    for size, drawn in ((50, 50), (9999, 3 * 8 * 12)):
-        known = models.remember_patches(
-            jax.random.key(1), images, jnp.arange(3), size=size, coords=True, distinct=True
-        )
-        np.testing.assert_array_equal(np.unique(known["source"]), [0, 1, 2])
-        assert len(np.unique(known["patches"], axis=0)) == len(known["patches"]) == drawn
-
-
-def test_a_memory_that_is_thinned_out_keeps_the_patches_that_are_far_from_each_other():
-    patches = jnp.array([[0.0, 0], [0, 1], [0, 1.1], [9, 0], [9, 0.5], [4, 0]])
-    memory = {"patches": patches, "source": jnp.arange(6), "place": jnp.ones(())}
-    kept = models.thin_out(memory, 4)
-    assert kept["place"] == 1
-    # From the first on: 9.01 away from it, then 4 from both, then 1.1.
-    np.testing.assert_array_equal(kept["source"], [0, 4, 5, 2])
-    np.testing.assert_array_equal(kept["patches"], patches[kept["source"]])
-
-
-def test_with_marks_a_memory_does_not_know_the_image_itself():
-    rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.integers(0, 256, (3, 32, 48, 3)), jnp.uint8)
-    plain, marks = images / 255, models.image_marks(images)
-    memory = models.remember_patches(
-        jax.random.key(1), plain, marks, size=9999, coords=True, distinct=True
-    )
-    of_others = memory["source"] != marks[0]
-    others = memory | {name: memory[name][of_others] for name in ("patches", "source")}
-    expected = models.patch_distances(others, plain[:1])
-    found = models.patch_distances(memory, plain, marks)
-    np.testing.assert_allclose(found[:1], expected, rtol=1e-4)
-    known = models.patch_distances(memory, plain)
-    np.testing.assert_array_less(known, found)
-    # Where no other image is remembered, itself is better than nothing.
-    alone = memory | {"source": jnp.full_like(memory["source"], marks[0])}
-    np.testing.assert_allclose(models.patch_distances(alone, plain, marks), known, atol=1e-5)
-
-
-def test_images_have_a_mark_of_their_own_that_a_pixel_changes():
-    images = np.random.default_rng(0).integers(0, 256, (500, 8, 8, 3), dtype=np.uint8)
-    images[1] = images[0]
-    images[1, 5, 5, 2] ^= 1
-    images[2] = images[0][:, ::-1]
-    images[3] = images[0]
-    marks = np.asarray(models.image_marks(images))
-    assert marks[3] == marks[0]
-    assert len(np.unique(marks)) == 499
-    assert np.all((marks == np.round(marks)) & (marks >= 0) & (marks < 2**24))
-
-
-def test_average_precision_is_scikit_learns_and_leaves_out_what_is_not_labelled():
-    rng = np.random.default_rng(0)
-    scores, labels = rng.random(200), rng.integers(-1, 2, 200)
-    counted = labels >= 0
-    expected = metrics.average_precision_score(labels[counted], scores[counted])
-    assert models.average_precision(jnp.asarray(scores), jnp.asarray(labels)) == pytest.approx(
-        expected, abs=1e-5
-    )
-    assert models.average_precision(jnp.asarray(scores), jnp.zeros(200)) == 0
-
-
-@pytest.mark.parametrize("aligned", [True, False])
-def test_the_place_of_a_patch_counts_where_all_parts_lie_alike(aligned):
-    """Defects are pieces from elsewhere where parts lie alike, mirrored ones where they do not."""
-    rng = np.random.default_rng(0)
-    part = ndimage.gaussian_filter(rng.random((32, 32, 3)), (1.5, 1.5, 0), mode="wrap")
-    part = (part - part.min()) / (part.max() - part.min())
-    shifts = np.zeros((64, 2), int) if aligned else rng.integers(0, 32, (64, 2))
-    good = np.stack([np.roll(part, tuple(shift), axis=(0, 1)) for shift in shifts])
-    good = np.clip(good + 0.02 * rng.standard_normal(good.shape), 0, 1).astype(np.float32)
-    masks = np.zeros((64, 32, 32), np.float32)
-    masks[:, 8:20, 2:14] = 1
-    elsewhere = np.roll(good, 12, axis=1) if aligned else good[:, :, ::-1]
-    defective = np.where(masks[..., None] == 1, elsewhere, good)
-    options = {"components": 16, "patch": models.PATCH, "stride": models.STRIDE}
-    memory = models.remember_patches(
-        jax.random.key(0), jnp.asarray(good[:48]), jnp.arange(48), size=600, coords=True, **options
-    )
-    weight = models.choose_place(memory, good[48:], defective[48:], masks[48:])
-    assert (weight >= 1) == aligned
-    weighed = models.calibrate(models.weigh_place(memory, weight), good[48:])
-    np.testing.assert_allclose(weighed["place"], weight * memory["place"])
-    np.testing.assert_allclose(weighed["patches"][:, -2:], weight * memory["patches"][:, -2:])
-    np.testing.assert_allclose(
-        models.patch_distances(weighed, good[48:]).mean(), weighed["centre"], rtol=1e-4
-    )
-
-
-def test_the_memories_know_what_they_were_initialised_with_and_training_does_without(config):
-    generator, _ = models.create(config.model, config.loss)
-    stripes = jnp.tile(jnp.sin(jnp.arange(32) / 2)[None, :, None, None] / 4 + 0.5, (4, 1, 32, 3))
-    params = jax.jit(generator.init)(jax.random.key(0), stripes)["params"]
-    marred = stripes.at[:, 12:20, 12:20].set(jax.random.uniform(jax.random.key(1), (4, 8, 8, 3)))
-    with_memory, without = (
-        jax.jit(partial(generator.apply, recall=recall))({"params": params}, marred)[0]
-        for recall in (True, False)
-    )
-    added = np.asarray(with_memory - without)
-    expected = 0.0
-    for index, images in enumerate((marred, models.halve(marred))):
-        known = {"params": params[f"PatchMemory_{index}"]}
-        distances = models.PatchMemory(64).apply(known, images)
-        weight = models.RECALL[index]
-        expected += weight * jax.image.resize(distances, added.shape, "bilinear")
-    np.testing.assert_allclose(added, expected, atol=1e-4)
-    assert added[:, 14:18, 14:18].min() > added[:, :4].max() + 0.5
+    assert 3.5 < count(32) / count(16) < 4.5  # proportional to the pixels, but for the edges
+    # The first convolution of the anomaly head alone: 3x3, 4 x 11 channels in, 8 out, at half size.
+    assert count(16) > 2 * 9 * 44 * 8 * 8 * 8

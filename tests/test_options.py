@@ -74,6 +74,46 @@ def test_what_cannot_work_is_refused_with_key_value_and_remedy(changes, message)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": -1}, "memory_bank.size=-1 must be at least 0"),
+        ({"patch": 1}, "memory_bank.patch=1 must be at least 2"),
+        ({"patch": 9}, r"memory_bank.patch=9 must fit a quarter of the image, 8 .*\(32, 32\)"),
+        ({"stride": 0}, "memory_bank.stride=0 must be at least 1"),
+        ({"stride": 3}, r"memory_bank.stride=3: a quarter of image_size=\(32, 32\) must be a mult"),
+        ({"components": 0}, "memory_bank.components=0 must be at least 1"),
+        ({"components": 193}, "memory_bank.components=193 must be at most 192"),
+        ({"candidates_per_patch": 0}, "memory_bank.candidates_per_patch=0 must be at least 1"),
+        ({"num_bank_images": 3}, "memory_bank.num_bank_images=3 must be at least 4"),
+        (
+            {"distance_weights": (0.5,)},
+            r"memory_bank.distance_weights=\(0.5,\) must be two numbers",
+        ),
+        (
+            {"position_weights": ()},
+            r"memory_bank.position_weights=\(\) must be numbers of at least",
+        ),
+        ({"position_weights": (1.0, -0.5)}, r"memory_bank.position_weights=\(1.0, -0.5\) must be"),
+    ],
+)
+def test_a_memory_bank_that_cannot_work_is_refused_by_name(changes, message):
+    config = test_config.get_config()
+    config.memory_bank.update(changes)
+    with pytest.raises(options.OptionError, match=message) as caught:
+        options.check(config)
+    assert "\n" not in str(caught.value)
+    if changes != {"size": -1}:
+        config.memory_bank.size = 0  # without a bank its other options do not matter
+        options.check(config)
+
+
+def test_a_patch_of_an_odd_side_that_fits_is_allowed():
+    config = test_config.get_config()
+    config.memory_bank.update({"patch": 7, "stride": 4, "components": 147})
+    options.check(config)
+
+
 def test_maps_of_another_method_cannot_be_trained():
     config = test_config.get_config()
     config.maps_dir = "/"
@@ -101,7 +141,7 @@ def test_each_row_of_the_ablation_adds_one_part():
         (
             s.defects.preset,
             *(s.loss.adversarial_weight, s.loss.reconstruction_weight),
-            *(s.model.coords, s.model.memory),
+            *(s.model.coords, s.memory_bank.size),
         )
         for s in screws
     ]
@@ -111,12 +151,12 @@ def test_each_row_of_the_ablation_adds_one_part():
         ("paper", 0, 0, False, 0),
         ("paper", 0.01, 1, False, 0),
         ("paper", 0.01, 1, True, 0),
-        (defaults.defects.preset, 0.01, 1, True, defaults.model.memory),
+        (defaults.defects.preset, 0.01, 1, True, defaults.memory_bank.size),
     ]
     for screw in screws:
         assert screw.augment.flip_vertical and not screw.variants and not screw.category_options
-        same = {"defects": {"preset": "plain"}, "model": {"coords": True, "memory": 0}}
-        screw.update(same)
+        screw.update({"defects": {"preset": "plain"}, "model": {"coords": True}})
+        screw.memory_bank.size = 0
         screw.loss = screws[0].loss
     assert all(screw == screws[0] for screw in screws)
 

@@ -1,120 +1,264 @@
-"""The step in less memory: in parts, rematerialised, in bfloat16."""
+"""The training step: its numbers, and the same in less memory (in parts, rematerialised, bfloat16).
+
+How it runs on several devices: test_train.py.
+"""
 
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from anoseg_jax.method import detector, models, train
+from anoseg_jax.interop import torch_weights
+from anoseg_jax.method import detector, memory_bank, models, train, train_state
 from configs import test as test_config
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+BATCH = {"image": IMAGES, "image_id": np.arange(8, dtype=np.int32)}
+BATCH_SHAPES = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), BATCH)
+KEY = jax.random.key(7)
 
 
 def make_config(**changes):
     config = test_config.get_config("bolt")
     config.defects.preset = "plain"  # compiles in half the time
-    config.model.memory = 0
+    config.memory_bank.size = 0
     config.update_from_flattened_dict(changes)
     return config
 
 
 @pytest.fixture(scope="module")
 def initial():
-    return jax.device_get(train.create_parts(make_config()).create_state(IMAGES))
+    static, options = train_state.split_options(make_config())
+    return train_state.create_state(KEY, options, static=static, image_size=(32, 32))
 
 
-def metrics_of(state, **changes):
+def two_steps(state, **changes):
     """Returns the metrics of two steps on the same images, as dicts of floats."""
-    step = jax.jit(partial(train.create_parts(make_config(**changes)).train_step, axis_name=None))
+    static, options = train_state.split_options(make_config(**changes))
+    step = jax.jit(partial(train.train_step, static=static, axis_name=None))
     history = []
     for _ in range(2):
-        state, metrics = step(state, IMAGES, jax.random.key(7))
+        state, metrics = step(state, BATCH, KEY, options)
         history.append({name: float(value) for name, value in metrics.items()})
     return history
 
 
 @pytest.fixture(scope="module")
 def at_once(initial):
-    return metrics_of(initial)
+    return two_steps(initial)
 
 
 @pytest.mark.parametrize("changes", [{"accumulate": 8}, {"remat": True}])
-def test_eight_parts_of_one_image_or_rematerialised_it_is_the_same(initial, at_once, changes):
-    metrics = metrics_of(initial, **changes)
+def test_in_parts_or_rematerialised_the_step_is_the_same(initial, at_once, changes):
+    metrics = two_steps(initial, **changes)
     assert metrics[0] == pytest.approx(at_once[0], rel=1e-5)
     assert metrics[1] == pytest.approx(at_once[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("player", ["generator", "discriminator"])
 def test_rematerialised_the_same_gradient_comes_from_more_operations(player):
-    parts = train.create_parts(make_config())
-    module = parts.train_step.keywords[player]
-    state = jax.eval_shape(parts.create_state, IMAGES)
+    config = make_config()
+    generator, discriminator = models.create(config.model, config.loss)
+    module = generator if player == "generator" else discriminator
+    state = train_state.template(config)
     images = jax.ShapeDtypeStruct(IMAGES.shape, jnp.float32)
     maps = jax.ShapeDtypeStruct(IMAGES.shape[:3], jnp.float32)
     inputs = (images,) if player == "generator" else (images, maps)
 
     def count(remat):
-        apply = models.applied(module, remat=remat)
+        apply = models.apply_fn(module, remat=remat)
         total = lambda *args: sum(jnp.sum(x) for x in jax.tree.leaves(apply(*args)))  # noqa: E731
         return models.count_flops(jax.value_and_grad(total), getattr(state, player), *inputs)
 
     assert 1.2 < count(True) / count(False) < 1.5
 
 
-@pytest.mark.parametrize("of", ["generator", "detector"])
-def test_in_bfloat16_what_is_kept_and_summed_is_float32(of, initial):
+@pytest.mark.parametrize("network", ["generator", "detector"])
+def test_in_bfloat16_what_is_kept_and_summed_is_float32(network):
     """Parameters, optimizers, averages, gradients, losses; the layers are not."""
-    config = make_config(**{"model.dtype": "bfloat16", "model.memory": 64})
-    parts = train.create_parts(config)
-    if of == "detector":
-        generator_params = jax.eval_shape(parts.create_state, IMAGES).ema
-        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), generator_params)
-        parts = detector.create_parts(config, zeros)
-    state = jax.eval_shape(parts.create_state, IMAGES)
-    step = jax.make_jaxpr(partial(parts.train_step, axis_name=None), return_shape=True)
-    jaxpr, (after, metrics) = step(state, IMAGES, jax.random.key(0), *parts.frozen)
+    config = make_config(**{"model.dtype": "bfloat16", "memory_bank.size": 64})
+    static, options = train_state.split_options(config)
+    state, train_step = train_state.template(config), train.train_step
+    if network == "detector":
+        variables = {"params": state.ema, "memory_bank": state.memory_bank}
+        static, options = detector.split_options(config)
+        state, train_step = detector.template(config), detector.train_step
+        options |= variables
+    step = partial(train_step, static=static, axis_name=None)
+    jaxpr, (after, metrics) = jax.make_jaxpr(step, return_shape=True)(
+        state, BATCH_SHAPES, KEY, options
+    )
     kept = jax.tree.leaves((state, after, metrics))
     assert {x.dtype.name for x in kept} == {"float32", "int32"}
     convolutions = [line for line in str(jaxpr).splitlines() if "conv_general_dilated" in line]
     assert any("bf16" in line for line in convolutions)
 
 
-def test_the_gradient_of_parts_is_that_of_the_whole_to_the_bit_where_nothing_is_rounded():
-    examples = (jnp.arange(8.0), jnp.arange(16.0).reshape(8, 2))
+@pytest.mark.parametrize(
+    ("weights", "names"),
+    [
+        ({}, {"segmentation", "reconstruction", "adversarial", "discriminator"}),
+        ({"adversarial_weight": 0.0}, {"segmentation", "reconstruction"}),
+        ({"adversarial_weight": 0.0, "reconstruction_weight": 0.0}, {"segmentation"}),
+    ],
+)
+def test_a_loss_of_weight_zero_is_not_computed(weights, names):
+    config = make_config(**{f"loss.{name}": value for name, value in weights.items()})
+    static, options = train_state.split_options(config)
+    step = partial(train.train_step, static=static, axis_name=None)
+    _, metrics = jax.eval_shape(step, train_state.template(config), BATCH_SHAPES, KEY, options)
+    assert {k.removeprefix("loss_") for k in metrics if k.startswith("loss_")} == names
 
-    def players_loss(g, d, x, y):
-        total, discriminator_total = jnp.mean(g * d * x), jnp.mean(d * y * y)
+
+def test_the_gradient_of_parts_is_that_of_the_whole_to_the_bit_where_nothing_is_rounded():
+    examples = {"x": jnp.arange(8.0), "y": jnp.arange(16.0).reshape(8, 2)}
+
+    def players_loss(g, d, examples):
+        total, discriminator_total = (
+            jnp.mean(g * d * examples["x"]),
+            jnp.mean(d * examples["y"] ** 2),
+        )
         return (total, discriminator_total), {"total": total}
 
-    of = partial(train.players_gradients, players_loss, jnp.float32(2), jnp.float32(4), examples)
+    gradients = partial(
+        train.players_gradients, players_loss, jnp.float32(2), jnp.float32(4), examples
+    )
     expected = (4 * 3.5, np.mean(np.arange(16) ** 2), {"total": 8 * 3.5})
     for accumulate in (1, 2, 8):
-        assert of(accumulate) == expected
+        assert gradients(accumulate) == expected
 
 
-def test_the_detector_learns_in_parts_too(initial, monkeypatch):
-    """Its step is divided where the generator's is, and its loss is a mean that divides."""
-    real, seen = train.players_gradients, []
+def test_each_player_follows_its_own_loss_alone(initial):
+    """The two gradients of the step are those of two separate losses."""
+    static, options = train_state.split_options(make_config())
+
+    @jax.jit
+    def gradients(g, d):
+        examples = train.make_examples(KEY, BATCH, options, static=static)
+        examples["bank_distances"] = None
+        loss_fn = partial(train.loss_fn, weights=options["loss"], static=static)
+        shared = train.players_gradients(loss_fn, g, d, examples)[:2]
+        separate = (
+            jax.grad(lambda p: loss_fn(p, d, examples)[0][0])(g),
+            jax.grad(lambda p: loss_fn(g, p, examples)[0][1])(d),
+        )
+        return shared, separate
+
+    shared, separate = map(jax.tree.leaves, gradients(initial.generator, initial.discriminator))
+    for a, b in zip(shared, separate, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        assert np.any(b) or b.size < 64
+
+
+def test_the_detector_learns_in_parts_too(monkeypatch):
+    """Its step is split where the generator's is, and its loss is a mean over the examples."""
+    real, parts = train.players_gradients, []
     monkeypatch.setattr(
-        train, "players_gradients", lambda *args: (seen.append(args[-1]), real(*args))[1]
+        train, "players_gradients", lambda *args: (parts.append(args[-1]), real(*args))[1]
     )
-    parts = detector.create_parts(make_config(accumulate=4), initial.ema)
-    state = parts.create_state(IMAGES)
-    step = partial(parts.train_step, axis_name=None)
-    jax.eval_shape(step, state, IMAGES, jax.random.key(0), *parts.frozen)
-    assert seen == [4]
-    keywords = parts.train_step.keywords
-    loss_fn = partial(
-        detector.loss_fn,
-        **{name: keywords[name] for name in ("detector", "discriminator", "loss")},
-    )
+    config = make_config(accumulate=4)
+    static, options = detector.split_options(config)
+    variables = {"params": train_state.template(config).ema, "memory_bank": None}
+    step = partial(detector.train_step, static=static, axis_name=None)
+    jax.eval_shape(step, detector.template(config), BATCH_SHAPES, KEY, options | variables)
+    assert parts == [4]
+    state = detector.create_state(KEY, options, static=static, image_size=(32, 32))
     images = jax.random.uniform(jax.random.key(0), (2, 4, 32, 32, 3))
-    of = jax.jit(lambda x: loss_fn(state.generator, state.discriminator, x, x[..., 0]))
-    (halves, whole) = [of(x) for x in images], of(images.reshape(8, 32, 32, 3))
+
+    @jax.jit
+    def loss(x):
+        examples = {"images": x, "maps": x[..., 0]}
+        return detector.loss_fn(
+            state.detector, state.discriminator, examples, options["loss"], static=static
+        )
+
+    (halves, whole) = [loss(x) for x in images], loss(images.reshape(8, 32, 32, 3))
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
     for a, b in zip(jax.tree.leaves(mean), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    options = {"learning_rate": 1.0, "num_steps": 100, "warmup_steps": 10}
+    schedule = partial(train_state.learning_rate_schedule, options=options)
+    np.testing.assert_allclose(schedule(0), 1 / 11, rtol=1e-6)
+    np.testing.assert_allclose([schedule(10), schedule(55), schedule(100)], [1, 0.5, 0], atol=1e-6)
+    assert schedule(1000) == 0
+    optax_schedule = optax.warmup_cosine_decay_schedule(1 / 11, 1.0, 10, 100)
+    for step in range(101):
+        np.testing.assert_allclose(schedule(step), optax_schedule(step), atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_steps", "warmup_steps"), [(5, 0), (5, 5), (3, 9)])
+def test_the_learning_rate_is_finite_whatever_the_warm_up(num_steps, warmup_steps):
+    options = {"learning_rate": 1.0, "num_steps": num_steps, "warmup_steps": warmup_steps}
+    rates = [train_state.learning_rate_schedule(step, options) for step in range(num_steps)]
+    assert np.isfinite(rates).all() and min(rates) > 0 and max(rates) <= 1
+
+
+def test_three_steps_on_given_examples_equal_those_of_the_old_code():
+    """The code before the training half was rebuilt (commit 391aee0) wrote the fixture, once.
+
+    It has initial weights, three batches of examples, the metrics of three steps on these and the
+    weights after them: with configs/test.py, all kinds of defects (preset "default") and a memory
+    bank of 64 patches.
+    """
+    with np.load(Path(__file__).parent / "fixtures" / "old_steps.npz") as file:
+        old = dict(file)
+    config = make_config(**{"defects.preset": "default", "memory_bank.size": 64})
+    static, options = train_state.split_options(config)
+    template = train_state.template(config)
+    arrays = torch_weights.group(old, "initial")
+    for name in ("generator.memory.source", "generator.coarse_memory.source"):
+        # An image's id was a float32 hash of its content; now it is its position.
+        position = {image_hash: i for i, image_hash in enumerate(old["marks"])}
+        arrays[name] = np.array([position[image_hash] for image_hash in arrays[name]], np.int32)
+    shapes = torch_weights.generator_arrays(template.generator, template.memory_bank)
+    loaded = torch_weights.from_torch(
+        arrays, {"generator": shapes, "discriminator": template.discriminator}
+    )
+    bank = memory_bank.from_dicts(loaded["generator"].pop("memory_bank"))
+    optimizers = train_state.create_optimizers(options["optimizer"])
+    state = train_state.TrainState(
+        step=jnp.int32(0),
+        generator=loaded["generator"],
+        discriminator=loaded["discriminator"],
+        generator_opt=optimizers[0].init(loaded["generator"]),
+        discriminator_opt=optimizers[1].init(loaded["discriminator"]),
+        ema=loaded["generator"],
+        memory_bank=bank,
+    )
+
+    @jax.jit
+    def step(state, examples):
+        examples["bank_distances"] = train.bank_distances(
+            state, examples["defective"], examples["ids"], static=static
+        )
+        loss_fn = partial(train.loss_fn, weights=options["loss"], static=static)
+        generator_gradients, discriminator_gradients, metrics = train.players_gradients(
+            loss_fn, state.generator, state.discriminator, examples
+        )
+        metrics["gradient_norm_generator"] = optax.global_norm(generator_gradients)
+        metrics["gradient_norm_discriminator"] = optax.global_norm(discriminator_gradients)
+        state = train_state.apply_gradients(
+            state, generator_gradients, discriminator_gradients, options["optimizer"]
+        )
+        return state, metrics
+
+    for i in range(3):
+        examples = torch_weights.group(old, f"step{i}")
+        expected = torch_weights.group(examples, "metrics")
+        names = ("good", "defective", "masks", "ids")
+        state, metrics = step(state, {name: examples[name] for name in names})
+        assert metrics.keys() == expected.keys()
+        for name, value in metrics.items():
+            np.testing.assert_allclose(value, expected[name], rtol=1e-5, err_msg=f"{i} {name}")
+    players = {"generator": state.generator, "discriminator": state.discriminator}
+    weights, expected = torch_weights.to_torch(players), torch_weights.group(old, "final")
+    assert weights.keys() == expected.keys()
+    for name, array in weights.items():
+        np.testing.assert_allclose(array, expected[name], atol=1e-5, err_msg=name)

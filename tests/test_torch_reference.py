@@ -1,8 +1,8 @@
-"""The twin in PyTorch from the same weights and batches: networks, losses, training, metrics."""
+"""The PyTorch twin with the same weights and batches: networks, losses, training, metrics."""
 
-import itertools
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import torch_reference  # noqa: E402
 import torch_replay  # noqa: E402
 
+torch.set_num_threads(1)  # threads that wait for each other take longer than these networks
 STEPS = 20
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 48, 3), np.uint8)
 
@@ -35,8 +36,7 @@ def make_config():
 def folder(tmp_path_factory):
     """A replay of 20 steps."""
     folder = tmp_path_factory.mktemp("replay")
-    batches = (np.roll(IMAGES, step, axis=0)[:4] for step in itertools.count())
-    replay.export(make_config(), IMAGES, batches, folder)
+    replay.export(make_config(), IMAGES, folder)
     return folder
 
 
@@ -51,11 +51,41 @@ def test_in_float64_outputs_gradients_and_20_steps_agree(folder):
     assert largest(rows[0], "gradients") < 1e-10
     for row in rows:
         assert largest(row, *torch_replay.kinds_of(rows)) < 1e-8
-    # The report says so, and where they part if the twin's step is another one.
-    assert torch_replay.where_they_part(rows, 1e-8) == "within 1e-08 in all of 20 steps"
+    # The report says so, and where the first difference is if the twin's step were another one.
+    assert torch_replay.first_difference(rows, 1e-8) == "within 1e-08 in all of 20 steps"
     rows[1]["weights"] = {"difference": 0.5, "of": "generator.map_head.convs.0.bias"}
-    said = torch_replay.where_they_part(rows, 1e-8)
+    said = torch_replay.first_difference(rows, 1e-8)
     assert "from step 2 on: weights by 5.0e-01 (generator.map_head.convs.0.bias)" in said
+
+
+def test_distances_of_the_bank_agree_and_leave_the_image_out(folder):
+    config = make_config()
+    arrays, _ = torch_weights.load(folder / "initial.safetensors")
+    generator, _ = torch_reference.create(config)
+    generator.load_state_dict(
+        {name: tensor(x) for name, x in torch_weights.group(arrays, "generator").items()}
+    )
+    batch, _ = torch_weights.load(folder / "batch_00001.safetensors")
+    defective, image_ids = tensor(batch["defective"]), tensor(batch["image_ids"])
+    distances = generator.bank_distances(defective, image_ids)
+    np.testing.assert_allclose(distances.numpy(), batch["bank_distances"], rtol=1e-3, atol=1e-3)
+    good, no_ids = tensor(batch["good"]), None
+    in_bank = torch.isin(image_ids, generator.memory.source)
+    assert in_bank.any()
+    with_own = generator.bank_distances(good, no_ids)[in_bank]
+    without = generator.bank_distances(good, image_ids)[in_bank]
+    assert bool((without >= with_own).all()) and not torch.equal(without, with_own)
+    # With one image in the bank nothing is left out.
+    generator.memory.source.fill_(7)
+    all_own = generator.bank_distances(good, torch.full((len(good),), 7))
+    assert torch.equal(all_own, generator.bank_distances(good))
+
+
+def test_a_replay_of_another_format_is_refused(folder, tmp_path):
+    written = json.loads((folder / "replay.json").read_text()) | {"format": "anoseg_jax replay 1"}
+    (tmp_path / "replay.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="format 'anoseg_jax replay 1', must be"):
+        torch_replay.compare(tmp_path, "float32")
 
 
 def test_in_float32_a_step_agrees_and_our_losses_are_those_that_were_exported(folder):
@@ -96,30 +126,32 @@ def test_each_segmentation_loss_agrees(kind):
     logits, masks = 4 * rng.normal(size=(2, 5, 6)), rng.uniform(size=(2, 5, 6))
     logits, masks = logits.astype(np.float32), masks.astype(np.float32)
     expected = losses.SEGMENTATION[kind](logits=logits, masks=masks)
-    found = torch_reference.segmentation_loss(tensor(logits), tensor(masks), kind)
-    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    actual = torch_reference.segmentation_loss(tensor(logits), tensor(masks), kind)
+    assert float(actual) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", losses.ADVERSARIAL)
 def test_each_adversarial_loss_agrees(kind):
     real, fake = np.random.default_rng(1).normal(size=(2, 3, 4, 4)).astype(np.float32)
     ours, opposite = losses.ADVERSARIAL[kind]
-    found = torch_reference.adversarial_loss(tensor(fake), kind)
-    assert float(found) == pytest.approx(float(ours(fake_logits=fake)), rel=1e-5)
-    found = torch_reference.discriminator_loss(tensor(real), tensor(fake), kind)
+    actual = torch_reference.adversarial_loss(tensor(fake), kind)
+    assert float(actual) == pytest.approx(float(ours(fake_logits=fake)), rel=1e-5)
+    actual = torch_reference.discriminator_loss(tensor(real), tensor(fake), kind)
     expected = opposite(real_logits=real, fake_logits=fake)
-    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert float(actual) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_without_adversarial_loss_the_discriminator_stays():
     config = make_config()
     config.loss.adversarial_weight = 0.0
-    config.model.memory = 0
+    config.memory_bank.size = 0
     training = torch_reference.Training(*torch_reference.create(config), config)
     before, twice = ([p.clone() for p in training.discriminator.parameters()] for _ in "12")
     moved = [p.clone() for p in training.generator.parameters()]
     images = torch.rand(2, 3, 32, 48)
-    metrics = training.step(images, images, torch.zeros(2, 32, 48), torch.zeros(2))
+    examples = {"good": images, "defective": images}
+    examples |= {"masks": torch.zeros(2, 32, 48), "image_ids": torch.arange(2)}
+    metrics = training.step(examples)
     assert "loss_adversarial" not in metrics
     assert all(map(torch.equal, before, training.discriminator.parameters()))
     assert not all(map(torch.equal, moved, training.generator.parameters()))
@@ -134,38 +166,47 @@ def test_the_twins_maps_and_scores_have_the_same_metrics(folder):
     twin.load_state_dict(
         {name: tensor(x) for name, x in torch_weights.group(arrays, "generator").items()}
     )
-    parts = detector.create_parts(config, {})
-    template = jax.eval_shape(parts.create_state, IMAGES)
+    template = detector.template(config)
     rng = np.random.default_rng(2)
     params = jax.tree.map(
         lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype),
-        {"detector": template.generator, "discriminator": template.discriminator},
+        {"detector": template.detector, "discriminator": template.discriminator},
     )
-    drawer, judge = torch_reference.create_detector(config)
-    for name, network in (("detector", drawer), ("discriminator", judge)):
+    twin_detector, twin_discriminator = torch_reference.create_detector(config)
+    for name, network in (("detector", twin_detector), ("discriminator", twin_discriminator)):
         weights = torch_weights.to_torch(params[name])
         network.load_state_dict({key: tensor(x) for key, x in weights.items()})
 
-    keywords = parts.train_step.keywords
-    shapes = torch_replay.shapes_of(keywords, config.image_size)
-    ours_params = torch_weights.from_torch(arrays, shapes)["generator"]
     # The generators in float64: rounding would put pixels into another order.
     twin.double()
-    ours_params = jax.tree.map(np.float64, ours_params)
-    generator = keywords["generator"].clone(dtype=np.float64)
-    ours_predict = predict.create_predict(generator, top_fraction=0.01)
-    ours_detect = predict.create_detect(keywords["detector"], keywords["discriminator"])
+    with jax.enable_x64(True):
+        state, static, _ = torch_replay.create_state(config, arrays, "float64")
+    our_predict = partial(
+        predict.predict_fn,
+        {"params": state.generator, "memory_bank": state.memory_bank},
+        generator=static.generator,
+        options=predict.bank_options(config.memory_bank),
+        top_fraction=0.01,
+    )
+    detector_static, _ = detector.split_options(config)
+    our_detect = partial(
+        predict.detect_fn,
+        params,
+        detector=detector_static.detector,
+        discriminator=detector_static.discriminator,
+    )
 
     def of_ours(images):
         with jax.enable_x64(True):
-            maps, scores, _ = map(np.float32, ours_predict(ours_params, images))
-        return maps, {"map": scores, "detector": ours_detect(params, images, maps)}
+            maps, scores, _ = map(np.float32, jax.jit(our_predict)(images))
+        detected = np.asarray(jax.jit(our_detect)(images, maps))
+        return maps, {"map": scores, "detector": detected}
 
     def of_twin(images):
         images = tensor(images.transpose(0, 3, 1, 2)) / 255
         maps, scores, _ = torch_reference.predict(twin, images.double(), top_fraction=0.01)
         maps, scores = maps.float(), scores.float()
-        detected = torch_reference.detect(drawer, judge, images, maps)
+        detected = torch_reference.detect(twin_detector, twin_discriminator, images, maps)
         return maps.numpy(), {"map": scores.numpy(), "detector": detected.numpy()}
 
     batch = {

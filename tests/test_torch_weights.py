@@ -1,4 +1,4 @@
-"""Weights as a state_dict of PyTorch's and back; PyTorch is not needed."""
+"""Weights to a state_dict of PyTorch and back; PyTorch is not needed."""
 
 import json
 
@@ -6,51 +6,65 @@ import jax
 import numpy as np
 import pytest
 
+from anoseg_jax.deploy.predictor import Predictor
 from anoseg_jax.interop import torch_weights
-from anoseg_jax.method import detector, predict, train
+from anoseg_jax.method import detector, memory_bank, train_state
 from anoseg_jax.running import checkpoint
 from configs import test as test_config
 
 CONFIG = test_config.get_config("bolt")
 
 
-def drawn(template, seed=0):
-    """Random parameters of the shapes of `template`."""
+def no_bank():
+    config = test_config.get_config("bolt")
+    config.memory_bank.size = 0
+    return config
+
+
+def random_like(template, seed=0):
+    """Returns random arrays of the shapes and dtypes of `template`."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), template)
+    return jax.tree.map(lambda x: np.asarray(10 * rng.normal(size=x.shape), x.dtype), template)
 
 
-def shapes_of(parts):
-    return jax.eval_shape(parts.create_state, jax.ShapeDtypeStruct((4, 32, 32, 3), np.uint8))
+def generator_template(config=CONFIG):
+    state = train_state.template(config)
+    generator = torch_weights.generator_arrays(state.generator, state.memory_bank)
+    return {"generator": generator, "discriminator": state.discriminator}
 
 
-@pytest.fixture(scope="module")
-def template():
-    state = shapes_of(train.create_parts(CONFIG))
-    return {"generator": state.generator, "discriminator": state.discriminator}
-
-
-@pytest.fixture(scope="module")
 def detector_template():
-    state = shapes_of(detector.create_parts(CONFIG, {}))
-    return {"detector": state.generator, "discriminator": state.discriminator}
+    state = detector.template(CONFIG)
+    return {"detector": state.detector, "discriminator": state.discriminator}
 
 
-@pytest.mark.parametrize("networks", ["template", "detector_template"])
-def test_there_and_back_changes_no_bit_and_no_name(networks, request):
-    template = request.getfixturevalue(networks)
-    params = drawn(template)
+@pytest.mark.parametrize("case", ["bank", "no bank", "detector"])
+def test_there_and_back_changes_no_bit_and_no_name(case):
+    template = detector_template() if case == "detector" else None
+    template = template or generator_template(CONFIG if case == "bank" else no_bank())
+    params = random_like(template)
     arrays = torch_weights.to_torch(params)
     back = torch_weights.from_torch(arrays, template)
-    assert checkpoint.params_sha256(back) == checkpoint.params_sha256(params)
+    assert checkpoint.arrays_sha256(back) == checkpoint.arrays_sha256(params)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
     assert len(arrays) == len(jax.tree.leaves(params))
     assert not [name for name in arrays if "_0" in name]  # all of Flax's names have another
+
+
+def test_names_of_the_memory_bank_are_those_of_the_files():
+    arrays = torch_weights.to_torch(random_like(generator_template()))
+    for scale in ("memory", "coarse_memory"):
+        names = set(torch_weights.group(arrays, f"generator.{scale}"))
+        assert names == {"mean", "basis", "patches", "source", "place", "centre", "spread"}
+        assert arrays[f"generator.{scale}.source"].dtype == np.int32
+    networks = {name.split(".")[1] for name in arrays if name.startswith("generator.")}
+    assert networks == {"reconstructor", "map_head", "memory", "coarse_memory"}
 
 
 def test_layouts_and_names_are_pytorchs():
     block = {"Conv_0": {"kernel": np.zeros((3, 5, 7, 11))}, "GroupNorm_0": {"scale": np.zeros(11)}}
     head = {"kernel": np.arange(6).reshape(2, 3), "bias": np.zeros(3)}
-    arrays = torch_weights.to_torch({"MapHead_0": {"ConvBlock_2": block, "Dense_0": head}})
+    arrays = torch_weights.to_torch({"anomaly_head": {"ConvBlock_2": block, "Dense_0": head}})
     assert {name: array.shape for name, array in arrays.items()} == {
         "map_head.blocks.2.conv.weight": (11, 7, 3, 5),
         "map_head.blocks.2.norm.weight": (11,),
@@ -60,74 +74,119 @@ def test_layouts_and_names_are_pytorchs():
     assert arrays["map_head.Dense_0.weight"].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
-def test_all_that_does_not_fit_is_listed_at_once(template):
-    arrays = torch_weights.to_torch(drawn(template))
+def test_all_that_does_not_fit_is_listed_at_once():
+    template = generator_template()
+    arrays = torch_weights.to_torch(random_like(template))
     arrays["generator.extra"] = arrays.pop("discriminator.convs.0.bias")
     arrays["discriminator.convs.0.weight"] = np.zeros((8, 24, 3, 1), np.float32)
-    arrays["generator.memory.place"] = np.zeros((), np.float64)
+    arrays["generator.memory.source"] = np.zeros(64, np.float32)
     with pytest.raises(torch_weights.WeightsError) as error:
         torch_weights.from_torch(arrays, template)
     assert sorted(str(error.value).splitlines()) == [
         "discriminator.convs.0.weight: float32 [8, 24, 3, 1], must be float32 [8, 24, 3, 3]",
-        "generator.memory.place: float64 [], must be float32 []",
+        "generator.memory.source: float32 [64], must be int32 [64]",
         "missing: discriminator.convs.0.bias",
         "not known: generator.extra",
     ]
 
 
-def write(path, params, **metadata):
-    metadata = {"config": json.loads(CONFIG.to_json())} | metadata
-    torch_weights.save(path, torch_weights.to_torch(params), metadata)
+def write(path, arrays, config=CONFIG, **metadata):
+    metadata = {"config": json.loads(config.to_json())} | metadata
+    torch_weights.save(path, torch_weights.to_torch(arrays), metadata)
 
 
-def test_a_file_becomes_a_checkpoint_that_predicts_and_the_same_file_again(
-    template, detector_template, tmp_path
-):
-    run, names = tmp_path / "run", ("model", "detector")
-    params = dict(zip(names, (drawn(template), drawn(detector_template, seed=1)), strict=True))
-    sha256 = checkpoint.params_sha256(params["model"]["generator"])
-    write(tmp_path / "model.safetensors", params["model"], step=5)
-    record = {"generator_sha256": sha256, "train_seconds": 1.0}
-    write(tmp_path / "detector.safetensors", params["detector"], record=record)
-    for name, folder in zip(names, (run, run / "detector"), strict=True):
-        first, again = (tmp_path / f"{name}{more}.safetensors" for more in ("", "_again"))
-        assert torch_weights.main(["import", str(first), str(folder)]) == 0
-        assert torch_weights.main(["export", str(folder), str(again)]) == 0
-        arrays, _ = torch_weights.load(first)
-        back, metadata = torch_weights.load(again)
-        assert metadata["step"] == (5 if name == "model" else 0)
-        assert {k: v.tobytes() for k, v in back.items()} == {
-            k: v.tobytes() for k, v in arrays.items()
-        }
-    predictor = predict.Predictor(run, detector=True)
-    assert checkpoint.params_sha256(predictor.params) == sha256
+def there_and_back(path, folder):
+    """Imports a file into a folder, exports it again and returns the metadata of the new file.
+
+    Both files must hold the same bits.
+    """
+    again = path.with_name("again.safetensors")
+    assert torch_weights.main(["import", str(path), str(folder)]) == 0
+    assert torch_weights.main(["export", str(folder), str(again)]) == 0
+    arrays, _ = torch_weights.load(path)
+    back, metadata = torch_weights.load(again)
+    bits = [{k: (v.dtype, v.tobytes()) for k, v in x.items()} for x in (arrays, back)]
+    assert bits[0] == bits[1]
+    return metadata
+
+
+@pytest.mark.parametrize("case", ["bank", "no bank"])
+def test_a_file_becomes_a_checkpoint_that_predicts_and_the_same_file_again(case, tmp_path):
+    config = CONFIG if case == "bank" else no_bank()
+    params = random_like(generator_template(config))
+    file = tmp_path / "model.safetensors"
+    write(file, params, config, step=5)
+    assert there_and_back(file, tmp_path / "run")["step"] == 5
+    bank = memory_bank.from_dicts(params["generator"].pop("memory_bank", None))
+    sha256 = detector.generator_sha256(params["generator"], bank)
+    predictor = Predictor(tmp_path / "run")
+    assert predictor.weights_sha256 == sha256
     assert predictor.step == 5
-    expected = checkpoint.params_sha256(params["detector"]["detector"])
-    assert predictor.detector.params_sha256 == expected
+
+    if bank:
+        detector_params = random_like(detector_template(), seed=1)
+        record = {"generator_sha256": sha256, "train_seconds": 1.0}
+        file = tmp_path / "detector.safetensors"
+        write(file, detector_params, record=record)
+        assert there_and_back(file, tmp_path / "run" / "detector")["step"] == 0
+        predictor = Predictor(tmp_path / "run", detector=True)
+        expected = checkpoint.arrays_sha256(detector_params["detector"])
+        assert predictor.detector.weights_sha256 == expected
+
+
+def test_an_imported_state_has_the_structure_of_a_trained_one(tmp_path):
+    template = train_state.template(CONFIG)
+    write(tmp_path / "model.safetensors", random_like(generator_template()), step=5)
+    torch_weights.import_checkpoint(tmp_path / "model.safetensors", tmp_path / "run")
+    with checkpoint.open_manager(tmp_path / "run" / "checkpoints") as manager:
+        state = checkpoint.restore(manager, template=template).state
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in (state, template)]
+    assert shapes[0] == shapes[1]
+    assert int(state.step) == 5
+    optimizers = jax.tree.leaves((state.generator_opt, state.discriminator_opt))
+    assert {int(x) for x in optimizers if x.dtype.kind == "i"} == {5}
+    assert not any(x.any() for x in optimizers if x.dtype.kind == "f")
 
 
 @pytest.mark.parametrize(
     "case, message",
     [
-        ("no file", "not a file that this program can read"),
+        ("no file", "not a safetensors file"),
         ("no config", "no config among its metadata"),
+        ("old", "was written by an older version of anoseg_jax"),
         ("no generator_sha256", "no record with generator_sha256"),
         ("used", "has checkpoints: name a folder without"),
     ],
 )
 def test_a_file_or_folder_that_cannot_be_used_is_refused_in_one_line(
-    case, message, detector_template, tmp_path, capsys
+    case, message, tmp_path, capsys
 ):
-    path = tmp_path / "weights.safetensors"
+    path, config = tmp_path / "weights.safetensors", json.loads(CONFIG.to_json())
     if case == "no file":
         path.write_text("text")
     elif case == "no config":
         torch_weights.save(path, {"generator.x": np.zeros(1)}, {})
+    elif case == "old":
+        del config["memory_bank"]
+        config["model"]["memory"] = 64
+        torch_weights.save(path, {"generator.x": np.zeros(1)}, {"config": config})
     else:
-        write(path, drawn(detector_template))
+        write(path, random_like(detector_template()))
     if case == "used":
         (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert torch_weights.main(["import", str(path), str(tmp_path / "run")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert torch_weights.main(["export", str(tmp_path / "none"), str(path)]) == 2
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "model.safetensors", random_like(generator_template()))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", 1)
+        torch_weights.import_checkpoint(tmp_path / "model.safetensors", tmp_path / "run")
+    file = tmp_path / "again.safetensors"
+    assert torch_weights.main(["export", str(tmp_path / "run"), str(file)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "was written by an older version of anoseg_jax" in lines[0]
+    assert not file.exists()

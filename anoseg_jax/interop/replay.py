@@ -1,171 +1,134 @@
 """Writes what another implementation needs to repeat training step by step (docs/pytorch.md)."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from etils.epath import Path
 from jax import Array
+from jax.flatten_util import ravel_pytree
 from ml_collections import ConfigDict
 
 from anoseg_jax import evaluate
+from anoseg_jax.images import batches
 from anoseg_jax.interop import torch_weights
-from anoseg_jax.method import train
-from anoseg_jax.method.train_state import Optimizers, TrainState
+from anoseg_jax.method import train, train_state
+from anoseg_jax.method.train_state import StaticOptions, TrainState
 from anoseg_jax.running import files
 
+FORMAT = "anoseg_jax replay 2"
+PLAYERS = ("generator", "discriminator")
 
-def keep_gradients(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns the optimizer with the gradients it was last given as the first part of its state."""
-    keep = optax.GradientTransformation(
-        lambda params: jax.tree.map(jnp.zeros_like, params), lambda gradients, *_: (gradients,) * 2
+
+def network_outputs(
+    state: TrainState, examples: Mapping[str, Array], *, static: StaticOptions
+) -> dict[str, Array]:
+    """Returns what the networks put out for training examples.
+
+    `logits` of the anomaly maps [b, h, w], `reconstructions` [b, h, w, 3], and with an adversarial
+    loss the discriminator's logits of generated and of real pairs, `fake_logits`, `real_logits`.
+    """
+    masks = examples["masks"]
+    logits, reconstructions = static.generator.apply(
+        {"params": state.generator}, examples["defective"], examples["bank_distances"]
     )
-    return optax.chain(keep, optimizer)
-
-
-def start(state: TrainState, optimizers: Optimizers) -> TrainState:
-    """Returns a fresh state for optimizers that keep their gradients."""
-    return state.replace(
-        generator_opt=optimizers.generator.init(state.generator),
-        discriminator_opt=optimizers.discriminator.init(state.discriminator),
-    )
+    outputs = {"logits": logits, "reconstructions": reconstructions}
+    if static.adversarial:
+        discriminator_fn = partial(static.discriminator.apply, {"params": state.discriminator})
+        fake_maps = jax.nn.sigmoid(logits) * (1 - masks)
+        outputs["fake_logits"] = discriminator_fn(reconstructions, fake_maps)
+        outputs["real_logits"] = discriminator_fn(examples["good"], jnp.zeros_like(masks))
+    return outputs
 
 
 def step(
     state: TrainState,
-    good: Array,
-    defective: Array,
-    masks: Array,
-    marks: Array,
+    examples: Mapping[str, Array],
+    options: Mapping[str, Any],
     *,
-    generator: nn.Module,
-    discriminator: nn.Module,
-    optimizers: Optimizers,
-    loss: Mapping[str, Any],
-    ema_decay: float,
-) -> tuple[TrainState, dict[str, Array], dict[str, Array]]:
-    """One training step on examples that are already drawn; pure.
+    static: StaticOptions,
+) -> tuple[TrainState, dict[str, Array], dict[str, Any], dict[str, Array]]:
+    """One training step of both players on given examples; pure. See train.train_step.
 
     Args:
-      state: of `start`.
-      good: images [b, h, w, 3] in [0, 1].
-      defective: the same with defects.
-      masks: of these, [b, h, w].
-      marks: of the images that they are made of, [b].
-      generator: the generator's module.
-      discriminator: the discriminator's module.
-      optimizers: that keep their gradients.
-      loss: `config.loss`.
-      ema_decay: of the averaged weights.
+      state: the training state.
+      examples: those of `train.make_examples`, and their `bank_distances` (None without a bank).
+      options: the arrays of `train_state.split_options`.
+      static: the static options; `accumulate` does not count.
 
     Returns:
-      The next state, losses and gradient norms, and what the networks put out on the way:
-      `logits` of the map, `reconstructions`, and the discriminator's logits of real and fake pairs.
+      The next state; loss terms and gradient norms; each player's gradients, before clipping; and
+      `network_outputs`.
     """
-
-    def players_loss(
-        generator_params: Any,
-        discriminator_params: Any,
-        good: Array,
-        defective: Array,
-        masks: Array,
-        marks: Array,
-    ) -> tuple:
-        totals, terms = train.loss_fn(
-            generator_params,
-            discriminator_params,
-            good,
-            defective,
-            masks,
-            marks,
-            generator=generator,
-            discriminator=discriminator,
-            loss=loss,
-        )
-        # The compiler finds that these are the same as the loss's.
-        logits, reconstructions = generator.apply(
-            {"params": generator_params}, defective, marks, recall=False
-        )
-        judge = partial(discriminator.apply, {"params": discriminator_params})
-        outputs = {
-            "logits": logits,
-            "reconstructions": reconstructions,
-            "fake_logits": judge(reconstructions, jax.nn.sigmoid(logits) * (1 - masks)),
-            "real_logits": judge(good, jnp.zeros_like(masks)),
-        }
-        return totals, terms | {"outputs": outputs}
-
-    state, metrics = train.update_players(
-        state,
-        players_loss,
-        (good, defective, masks, marks),
-        optimizers=optimizers,
-        ema_decay=ema_decay,
-        accumulate=1,
-        axis_name=None,
+    outputs = network_outputs(state, examples, static=static)
+    *gradients, metrics = train.players_gradients(
+        partial(train.loss_fn, weights=options["loss"], static=static),
+        state.generator,
+        state.discriminator,
+        examples,
     )
-    return state, metrics, metrics.pop("outputs")
+    for player, gradient in zip(PLAYERS, gradients, strict=True):
+        metrics[f"gradient_norm_{player}"] = optax.global_norm(gradient)
+    state = train_state.apply_gradients(state, *gradients, options["optimizer"])
+    return state, metrics, dict(zip(PLAYERS, gradients, strict=True)), outputs
 
 
-EXAMPLES = ("good", "defective", "masks", "marks")
-MEMORIES = ("generator.memory.", "generator.coarse_memory.")
+def by_name(state: TrainState, gradients: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """Returns a state and the gradients that led to it, by kind and name.
 
-
-def by_name(state: TrainState) -> dict[str, dict[str, np.ndarray]]:
-    """Returns a state by kind, each a state_dict over both players (see torch_weights.to_torch).
-
-    `weights`, the `average` of the generator's, `gradients` (before clipping) of the step that led
-    here, and Adam's averages of them (`first_moment`) and of their squares (`second_moment`). What
-    is not learned, the patch memories, is among the weights alone.
+    Each kind is a state_dict of both players (torch_weights.to_torch): `weights`, which have the
+    memory bank as well; `average`, of the generator's; `gradients`; and Adam's averages of these
+    (`first_moment`) and of their squares (`second_moment`).
     """
+    params = {"generator": state.generator, "discriminator": state.discriminator}
     optimizers = {"generator": state.generator_opt, "discriminator": state.discriminator_opt}
-    kinds = {
-        "weights": {"generator": state.generator, "discriminator": state.discriminator},
-        "average": {"generator": state.ema},
-        "gradients": {name: opt[0] for name, opt in optimizers.items()},
-        "first_moment": {name: optax.tree.get(o, "mu") for name, o in optimizers.items()},
-        "second_moment": {name: optax.tree.get(o, "nu") for name, o in optimizers.items()},
-    }
-    return {
-        kind: {
-            name: array
-            for name, array in torch_weights.to_torch(trees).items()
-            if kind == "weights" or not name.startswith(MEMORIES)
+
+    def moments(name: str) -> dict[str, Any]:
+        # The optimizers are flat (train_state.create_optimizers): one vector for each player.
+        return {
+            player: ravel_pytree(params[player])[1](optax.tree.get(optimizers[player], name))
+            for player in PLAYERS
         }
-        for kind, trees in kinds.items()
+
+    generator = torch_weights.generator_arrays(state.generator, state.memory_bank)
+    kinds = {
+        "weights": params | {"generator": generator},
+        "average": {"generator": state.ema},
+        "gradients": gradients,
+        "first_moment": moments("mu"),
+        "second_moment": moments("nu"),
     }
+    return {kind: torch_weights.to_torch(arrays) for kind, arrays in kinds.items()}
 
 
-def in_nchw(images: Array) -> np.ndarray:
-    """Returns images [b, h, w, c] as [b, c, h, w]; maps [b, h, w] as they are."""
+def to_nchw(images: Array) -> np.ndarray:
+    """Returns images [b, h, w, c] as [b, c, h, w], and other arrays as they are."""
     images = np.asarray(images)
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2) if images.ndim == 4 else images)
 
 
 def in_words(config: ConfigDict) -> dict[str, str]:
-    """Returns what a step does with which numbers, for whoever writes it in another library."""
-    loss, warmup = config.loss, config.warmup_steps
+    """Returns sentences that say what a step computes, for an implementation in another library."""
+    loss, bank, warmup = config.loss, config.memory_bank, config.warmup_steps
     decay = max(config.num_steps, warmup + 1)
     rate = f"{config.learning_rate:g}"
-    return {
+    words = {
         "batch": f"{config.batch_size} images of {config.image_size[0]}x{config.image_size[1]}",
         "loss": f"{loss.segmentation_weight:g} x segmentation ({loss.segmentation}) + "
         f"{loss.reconstruction_weight:g} x reconstruction + "
-        f"{loss.adversarial_weight:g} x adversarial ({loss.adversarial}); the discriminator's is "
-        "its own side of the adversarial loss; a term of weight 0 is not computed",
-        "gradients": "each player's, of its own loss by its own weights, from one forward pass; "
+        f"{loss.adversarial_weight:g} x adversarial ({loss.adversarial}); the discriminator's loss "
+        "is its own side of the adversarial loss; a term of weight 0 is not computed",
+        "gradients": "of each player's own loss by its own weights, both from one forward pass; "
         f"scaled down to a global norm of {config.clip_norm:g} where it is larger",
         "learning_rate": f"from {rate} / {warmup + 1} at the first step linearly to {rate} after "
         f"{warmup} steps, then half a cosine, 0 after {decay}; step n (from 1) has that of n - 1",
         "generator": "AdamW, beta1 0.9, beta2 0.999, epsilon 1e-8 (added to the corrected root), "
-        f"decoupled weight decay {config.weight_decay:g} x learning rate of all but the patch "
-        "memories, which stay as they are",
+        f"decoupled weight decay {config.weight_decay:g} x learning rate of all parameters",
         "discriminator": "Adam, beta1 0.5, else the same, without weight decay, at "
         f"{config.discriminator_scale:g} x the learning rate",
         "average": "average += (1 - d) x (weights - average) after each step, with d = min("
@@ -173,53 +136,71 @@ def in_words(config: ConfigDict) -> dict[str, str]:
         "group_norm": "8 groups, epsilon 1e-6",
         "leaky_relu": "slope 0.1 in all blocks, 0.2 after the discriminator's first convolution",
     }
+    if bank.size:
+        words["memory_bank"] = (
+            f"{bank.size} patches at each of two scales (generator.memory, "
+            "generator.coarse_memory); no step changes it. The anomaly head's input has the "
+            "standardized distances to the fine scale, leave-one-out by image_ids: the batches "
+            "have them as bank_distances. Only prediction adds the distances of both scales to "
+            f"the logits, times {bank.distance_weights[0]:g} and {bank.distance_weights[1]:g}"
+        )
+    return words
 
 
-def export(
-    config: ConfigDict, images: np.ndarray, batches: Iterator[np.ndarray], folder: Path
-) -> None:
-    """Trains for `config.num_steps` steps and writes all that a repetition needs into `folder`.
+def export(config: ConfigDict, images: np.ndarray, folder: Path) -> None:
+    """Trains for `config.num_steps` steps as `train.fit` does, on one device, and writes each step.
 
     Args:
       config: the options of one category.
-      images: good images that the generator's memories are of, uint8 [n, h, w, 3].
-      batches: good images, uint8 [config.batch_size, h, w, 3].
-      folder: where replay.json and the safetensors files are written; one that is there is
-        written anew.
+      images: all good images, sorted, uint8 [n, h, w, 3]; `config.held_out` of them are not trained
+        on.
+      folder: where replay.json and the safetensors files are written; existing ones are replaced.
     """
-    parts = train.create_parts(config)
-    keywords = parts.train_step.keywords
-    optimizers = Optimizers(*map(keep_gradients, keywords["optimizers"]))
-    names = ("generator", "discriminator", "loss", "ema_decay")
-    run_step = jax.jit(
-        partial(step, optimizers=optimizers, **{name: keywords[name] for name in names})
-    )
-    draw = jax.jit(parts.draw_examples)
-    remembered = images[np.arange(train.REMEMBERED) * len(images) // train.REMEMBERED]
-    state = start(parts.create_state(remembered), optimizers)
-    about = {"config": json.loads(config.to_json())}
-    torch_weights.save(folder / "initial.safetensors", by_name(state)["weights"], about)
+    static, options = train_state.split_options(config)
+    init_key, step_key = train_state.seed_keys(config.seed)
+    image_ids = batches.assign_image_ids(images)
+    kept, _ = batches.hold_out(len(images), fraction=config.held_out, seed=config.seed)
+    arrays = {"image": images[kept], "image_id": image_ids[kept]}
+    create = train_state.jit_once(train_state.create_state, "static", "image_size")
+    state = create(init_key, options, static=static, image_size=tuple(config.image_size))
+    if static.grid:
+        bank = train.build_memory_bank(config, arrays["image"], arrays["image_id"])
+        state = state.replace(memory_bank=bank)
+    metadata = {"config": json.loads(config.to_json())}
+    weights = by_name(state, {})["weights"]
+    torch_weights.save(folder / "initial.safetensors", weights, metadata)
+
+    run_step = jax.jit(partial(step, static=static))
+    bank_distances = jax.jit(partial(train.bank_distances, static=static))
+    train_batches = batches.train_batches(arrays, 0, batch_size=config.batch_size, seed=config.seed)
     steps = []
-    for number, batch in zip(range(1, config.num_steps + 1), batches, strict=False):
-        examples = draw(jax.random.fold_in(parts.draw_key, number - 1), batch, 0)
-        state, metrics, outputs = run_step(state, *examples)
-        named = dict(zip(EXAMPLES, map(in_nchw, examples), strict=True))
-        torch_weights.save(folder / f"batch_{number:05}.safetensors", named, {})
-        line = {"step": number, "learning_rate": float(parts.schedule(number - 1))}
+    for number, batch in zip(range(1, config.num_steps + 1), train_batches, strict=False):
+        key = jax.random.fold_in(step_key, number - 1)
+        examples = train.jitted_make_examples(key, batch, options, static=static)
+        examples["bank_distances"] = bank_distances(
+            state, examples["defective"], examples["image_ids"]
+        )
+        state, metrics, gradients, outputs = run_step(state, examples, options)
+        written = {name: to_nchw(x) for name, x in examples.items() if x is not None}
+        torch_weights.save(folder / f"batch_{number:05}.safetensors", written, {})
+        rate = train_state.learning_rate_schedule(number - 1, options["optimizer"])
+        line = {"step": number, "learning_rate": float(rate)}
         steps.append(line | {name: float(value) for name, value in metrics.items()})
         if number == 1:
-            first = {f"outputs.{name}": in_nchw(value) for name, value in outputs.items()}
-            first |= {f"gradients.{k}": v for k, v in by_name(state)["gradients"].items()}
-            torch_weights.save(folder / "first_step.safetensors", first, {})
-    final = by_name(state)
-    arrays = {f"{kind}.{k}": v for kind, of in final.items() for k, v in of.items()}
-    torch_weights.save(folder / "final.safetensors", arrays, about)
-    written = {
-        "format": "anoseg_jax replay 1",
+            arrays_of_step = {f"outputs.{name}": to_nchw(x) for name, x in outputs.items()}
+            for name, x in torch_weights.to_torch(gradients).items():
+                arrays_of_step[f"gradients.{name}"] = x
+            torch_weights.save(folder / "first_step.safetensors", arrays_of_step, {})
+
+    kinds = by_name(state, gradients)
+    final = {f"{kind}.{name}": x for kind, named in kinds.items() for name, x in named.items()}
+    torch_weights.save(folder / "final.safetensors", final, metadata)
+    replay = {
+        "format": FORMAT,
         "in_words": in_words(config),
         "steps": steps,
-        "config": about["config"],
+        "config": metadata["config"],
         "versions": evaluate.versions(),
         "device": jax.local_devices()[0].device_kind,
     }
-    files.write_text(folder / "replay.json", json.dumps(written, indent=2) + "\n")
+    files.write_text(folder / "replay.json", json.dumps(replay, indent=2) + "\n")

@@ -1,9 +1,9 @@
-"""Weights for PyTorch and back: Flax parameters as a state_dict of numpy arrays, and its files.
+"""Converts weights to PyTorch and back: a state_dict of numpy arrays, in a safetensors file.
 
     python -m anoseg_jax.interop.torch_weights export W/screw screw.safetensors
     python -m anoseg_jax.interop.torch_weights import screw.safetensors W2/screw
 
-A folder of the image-level detector, `W/screw/detector`, is converted alike. PyTorch is not needed.
+The image-level detector in `W/screw/detector` is converted in the same way. PyTorch is not needed.
 Names and layouts: docs/pytorch.md.
 """
 
@@ -14,37 +14,43 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import flax
 import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
 from etils.epath import Path
+from flax.serialization import to_state_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from anoseg_jax import UsageError
-from anoseg_jax.method import detector, train
+from anoseg_jax.method import detector, memory_bank, train_state
+from anoseg_jax.method.memory_bank import MemoryBank
 from anoseg_jax.running import checkpoint, files
 
-# Flax's names of modules and parameters, and PyTorch's; what is not listed stays.
+# Names of modules, parameters and memory banks here, and in PyTorch; all others are the same.
 NAMES = (
     (r"\bConvBlock_(\d+)\.Conv_0\b", r"blocks.\1.conv"),
     (r"\bConvBlock_(\d+)\.GroupNorm_0\b", r"blocks.\1.norm"),
     (r"\bConv_(\d+)\b", r"convs.\1"),
-    (r"\bReconstructor_0\b", "reconstructor"),
-    (r"\bMapHead_0\b", "map_head"),
-    (r"\bPatchMemory_0\.memory\b", "memory"),
-    (r"\bPatchMemory_1\.memory\b", "coarse_memory"),
+    (r"\bReconstructor_0\b", "reconstructor"),  # the detector's; the generator's has a name
+    (r"\banomaly_head\b", "map_head"),
+    (r"\bmemory_bank\.fine\b", "memory"),
+    (r"\bmemory_bank\.coarse\b", "coarse_memory"),
+    (r"\.patch_image_ids$", ".source"),
+    (r"\.position_scale$", ".place"),
+    (r"\.distance_mean$", ".centre"),
+    (r"\.distance_std$", ".spread"),
     (r"\.(kernel|scale)$", ".weight"),
 )
 
 
 class WeightsError(UsageError):
-    """Weights that cannot be converted; a line for each thing that is wrong."""
+    """Weights that cannot be converted; the message has a line for each problem."""
 
 
 def torch_name(path: tuple[str, ...]) -> str:
-    """Returns the name in a state_dict of the Flax parameter at `path`."""
+    """Returns the name in a state_dict of the array at `path`."""
     name = ".".join(path)
     for pattern, replacement in NAMES:
         name = re.sub(pattern, replacement, name)
@@ -52,21 +58,28 @@ def torch_name(path: tuple[str, ...]) -> str:
 
 
 def axes(path: tuple[str, ...], ndim: int) -> tuple[int, ...]:
-    """Returns the order of a Flax parameter's axes in PyTorch.
+    """Returns the order of an array's axes in PyTorch.
 
-    Of kernels HWIO -> OIHW or [in, out] -> [out, in]; all else is as it is.
+    Kernels are transposed, HWIO -> OIHW or [in, out] -> [out, in]. All other arrays are not.
     """
     if path[-1] != "kernel":
         return tuple(range(ndim))
     return (ndim - 1, ndim - 2, *range(ndim - 2))
 
 
-def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns Flax parameters (or what has their structure) as a state_dict of numpy arrays.
+def generator_arrays(params: Mapping[str, Any], bank: MemoryBank | None) -> dict[str, Any]:
+    """Returns the generator's parameters and its memory bank, if any, as one tree of dicts."""
+    return {**params, **({"memory_bank": to_state_dict(bank)} if bank else {})}
 
-    Several networks, {"generator": .., "discriminator": ..}, have their names in front.
+
+def to_torch(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns nested dicts of arrays as a state_dict of numpy arrays.
+
+    Args:
+      arrays: Flax parameters, or those of several networks: {"generator": `generator_arrays`,
+        "discriminator": ...}, whose names then come first.
     """
-    flat = flax.traverse_util.flatten_dict(jax.device_get(params))
+    flat = flatten_dict(jax.device_get(arrays))
     return {
         torch_name(path): np.array(np.transpose(leaf, axes(path, np.ndim(leaf))), order="C")
         for path, leaf in flat.items()
@@ -74,20 +87,20 @@ def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def from_torch(state_dict: Mapping[str, np.ndarray], template: Mapping[str, Any]) -> dict:
-    """Returns the Flax parameters of a state_dict: the inverse of `to_torch`, to the bit.
+    """Returns the nested dicts of a state_dict: the inverse of `to_torch`, to the bit.
 
     Args:
       state_dict: numpy arrays by name.
-      template: parameters of the same structure: arrays or what `jax.eval_shape` returns.
+      template: the same nested dicts, of arrays or of what `jax.eval_shape` returns.
 
     Raises:
-      WeightsError: names, shapes or dtypes are others than the template's; all of them are listed.
+      WeightsError: names, shapes or dtypes differ from the template's; all of them are listed.
     """
-    flat = flax.traverse_util.flatten_dict(template)
+    flat = flatten_dict(template)
     names = {torch_name(path): path for path in flat}
     wrong = [f"missing: {name}" for name in names if name not in state_dict]
     wrong += [f"not known: {name}" for name in state_dict if name not in names]
-    params = {}
+    arrays = {}
     for name, path in names.items():
         if name not in state_dict:
             continue
@@ -99,10 +112,10 @@ def from_torch(state_dict: Mapping[str, np.ndarray], template: Mapping[str, Any]
                 f"{name}: {array.dtype} {list(array.shape)}, must be {leaf.dtype} {list(expected)}"
             )
             continue
-        params[path] = np.array(np.transpose(array, np.argsort(order)), order="C")
+        arrays[path] = np.array(np.transpose(array, np.argsort(order)), order="C")
     if wrong:
         raise WeightsError("\n".join(wrong))
-    return flax.traverse_util.unflatten_dict(params)
+    return unflatten_dict(arrays)
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
@@ -113,7 +126,7 @@ def save(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, An
 
 
 def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Returns the arrays of a safetensors file and its metadata; WeightsError if it is none."""
+    """Returns the arrays and metadata of a safetensors file; WeightsError if it is not one."""
     try:
         content = path.read_bytes()
         arrays = safetensors.numpy.load(content)
@@ -122,64 +135,81 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         metadata = header.get("__metadata__", {})
         return arrays, {key: json.loads(value) for key, value in metadata.items()}
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{path}: not a file that this program can read ({error})") from error
+        raise WeightsError(f"{path}: not a safetensors file ({error})") from error
 
 
 def group(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    """Returns the state_dict of one network out of that of several."""
+    """Returns the state_dict of one network from that of several."""
     prefix = f"{name}."
     return {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
 
 
 def export_checkpoint(folder: Path, path: Path) -> None:
-    """Writes the newest checkpoint of a run's folder to a file: averaged weights, discriminator.
+    """Writes the newest checkpoint of a run's folder to a file.
 
-    Metadata: `config`, `record` and `step` of the checkpoint.
+    The file holds the averaged weights, the generator's memory bank and the discriminator, with
+    `config`, `record` and `step` of the checkpoint as metadata.
     """
     state, config, record, step = checkpoint.restore_newest(folder / "checkpoints")
-    network = "detector" if "generator_sha256" in record else "generator"
-    arrays = to_torch({network: state["ema"], "discriminator": state["discriminator"]})
-    save(path, arrays, {"config": config, "record": record, "step": step})
+    arrays = {"discriminator": state["discriminator"]}
+    if "detector" in state:
+        arrays["detector"] = state["ema"]
+    else:
+        bank = memory_bank.from_dicts(state["memory_bank"])
+        arrays["generator"] = generator_arrays(state["ema"], bank)
+    save(path, to_torch(arrays), {"config": config, "record": record, "step": step})
 
 
 def import_checkpoint(path: Path, folder: Path) -> None:
-    """Makes a checkpoint of a file's weights in a folder that has none.
+    """Makes a checkpoint of a file's weights, in a folder that has no checkpoints.
 
-    The file needs `config` among its metadata, that of a detector also `record` with the
-    `generator_sha256` it was trained for; without `step` the weights are of step 0. The training
-    weights are the averaged ones, and the optimizers' averages start at zero.
+    The file's metadata must have `config`; for a detector also `record`, with the
+    `generator_sha256` of the generator that it was trained for. Without `step` the weights are of
+    step 0. The training weights become the averaged ones, and the optimizers' moments are zero.
 
     Raises:
-      WeightsError: the file lacks its config or does not fit it, or the folder has checkpoints.
+      WeightsError: the file has no config, or one of an older version, or its arrays do not fit the
+        config; or the folder has checkpoints.
     """
     arrays, metadata = load(path)
     if "config" not in metadata:
         raise WeightsError(f"{path}: no config among its metadata: add that run's config.json")
+    if "memory_bank" not in metadata["config"]:
+        raise WeightsError(
+            f"{path} was written by an older version of anoseg_jax, which this one cannot read: "
+            "train again and export the new weights"
+        )
     if (folder / "checkpoints").exists():
         raise WeightsError(f"{folder} has checkpoints: name a folder without")
     config, step = ConfigDict(metadata["config"]), metadata.get("step", 0)
-    record = metadata.get("record", {"train_seconds": 0.0})
-    of_detector = any(name.startswith("detector.") for name in arrays)
-    if of_detector and "generator_sha256" not in record:
-        raise WeightsError(f"{path}: no record with generator_sha256 among its metadata")
-    network = "detector" if of_detector else "generator"
-    parts = detector.create_parts(config, {}) if of_detector else train.create_parts(config)
-    images = jax.ShapeDtypeStruct((4, *config.image_size, 3), np.uint8)
-    template = jax.eval_shape(parts.create_state, images)
-    params = from_torch(
-        arrays, {network: template.generator, "discriminator": template.discriminator}
-    )
-    # Counts (of the schedule, of Adam) go on from `step`.
+    record = {"train_seconds": 0.0, "images_sha256": "unknown"} | metadata.get("record", {})
+    network = "generator"
+    if any(name.startswith("detector.") for name in arrays):
+        network = "detector"
+        if "generator_sha256" not in record:
+            raise WeightsError(f"{path}: no record with generator_sha256 among its metadata")
+    template = (detector if network == "detector" else train_state).template(config)
+    shapes = {network: getattr(template, network), "discriminator": template.discriminator}
+    if network == "generator":
+        shapes["generator"] = generator_arrays(template.generator, template.memory_bank)
+    params = from_torch(arrays, shapes)
+
+    # The counts of steps (the schedule's, Adam's) continue from `step`.
     state = jax.tree.map(
         lambda x: np.full(x.shape, step if x.dtype.kind == "i" else 0, x.dtype), template
-    ).replace(generator=params[network], discriminator=params["discriminator"], ema=params[network])
+    )
+    if network == "generator":
+        bank = params["generator"].pop("memory_bank", None)
+        state = state.replace(memory_bank=memory_bank.from_dicts(bank))
+    weights = {network: params[network], "ema": params[network]}
+    state = state.replace(**weights, discriminator=params["discriminator"])
     with checkpoint.open_manager(folder / "checkpoints") as manager:
         checkpoint.save(manager, state, step, config=metadata["config"], record=record)
     (folder / "config.json").write_text(config.to_json(indent=2) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit code. Errors of use are lines without a traceback."""
+    """Runs the command; returns the exit code. Errors are printed without a traceback."""
     parser = argparse.ArgumentParser(prog="python -m anoseg_jax.interop.torch_weights")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="checkpoint -> file")

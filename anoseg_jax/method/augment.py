@@ -1,7 +1,8 @@
-"""Mild augmentation that keeps a good part good, one image at a time, on the device.
+"""Mild augmentation that keeps a good image good, one image at a time, on the device.
 
-Images are float [h, w, 3] in [0, 1]. What is harmless depends on the product: each transformation
-is switched on its own (`config.augment`, by category in `config.category_options`).
+Images are float [h, w, 3] in [0, 1]. Which changes are harmless depends on the product, so each has
+its own option (`config.augment`, by category in `config.category_options`). Options may be traced:
+categories with different options share one compiled program.
 """
 
 import jax
@@ -12,9 +13,9 @@ from jax import Array
 def warp(image: Array, angle: Array, offset: Array) -> Array:
     """Rotates about the centre by `angle` (radians), then shifts by `offset` (rows, columns).
 
-    Bilinear; what comes in from outside repeats the nearest pixel of the edge.
+    Bilinear interpolation. Pixels from outside the image repeat the nearest pixel of the edge.
     """
-    h, w, _ = image.shape
+    h, w, c = image.shape
     rows = jnp.arange(h)[:, None] - (h - 1) / 2 - offset[0]
     columns = jnp.arange(w)[None, :] - (w - 1) / 2 - offset[1]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -22,11 +23,14 @@ def warp(image: Array, angle: Array, offset: Array) -> Array:
         jnp.clip(cos * rows + sin * columns + (h - 1) / 2, 0, h - 1),
         jnp.clip(cos * columns - sin * rows + (w - 1) / 2, 0, w - 1),
     )
-    top, left = jnp.floor(rows).astype(int), jnp.floor(columns).astype(int)
+    top, left = rows.astype(int), columns.astype(int)  # rounds down: none is negative
     bottom, right = jnp.minimum(top + 1, h - 1), jnp.minimum(left + 1, w - 1)
     down, across = (rows - top)[..., None], (columns - left)[..., None]
-    upper = image[top, left] * (1 - across) + image[top, right] * across
-    lower = image[bottom, left] * (1 - across) + image[bottom, right] * across
+    # One index for a pixel: far fewer operations to compile than indexing by row and column.
+    pixels = image.reshape(h * w, c)
+    at = lambda row, column: jnp.take(pixels, row * w + column, axis=0, mode="clip")  # noqa: E731
+    upper = at(top, left) * (1 - across) + at(top, right) * across
+    lower = at(bottom, left) * (1 - across) + at(bottom, right) * across
     return upper * (1 - down) + lower * down
 
 
@@ -34,34 +38,33 @@ def augment(
     key: Array,
     image: Array,
     *,
-    flip_horizontal: bool = False,
-    flip_vertical: bool = False,
-    rotation: float = 0.0,
-    shift: float = 0.0,
-    brightness: float = 0.0,
+    flip_horizontal: Array | bool = False,
+    flip_vertical: Array | bool = False,
+    rotation: Array | float = 0.0,
+    shift: Array | float = 0.0,
+    brightness: Array | float = 0.0,
 ) -> Array:
-    """Returns the image as another good part of the same kind could look: [h, w, 3] in [0, 1].
+    """Flips, rotates, shifts and brightens a good image at random: [h, w, 3] in [0, 1].
+
+    Every option is a Python value or a scalar array. Under `jax.vmap` over images, leave the
+    options unbatched: images are then warped only where `rotation` or `shift` asks for it.
 
     Args:
-      key: a PRNG key; the result depends on it and the image alone.
+      key: a PRNG key; the result depends on the key, the image and the options alone.
       image: float [h, w, 3] in [0, 1].
       flip_horizontal: mirrors left and right in half of the draws.
       flip_vertical: mirrors top and bottom in half of the draws.
-      rotation: largest angle, in degrees, either way.
-      shift: largest shift, as a fraction of the height and of the width, either way.
-      brightness: largest relative change of brightness, either way.
+      rotation: largest angle, in degrees, in both directions.
+      shift: largest shift, as a fraction of the height and of the width, in both directions.
+      brightness: largest relative change of brightness, in both directions.
     """
     h, w, _ = image.shape
-    flip_key, mirror_key, angle_key, shift_key, brightness_key = jax.random.split(key, 5)
-    if flip_horizontal:
-        image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
-    if flip_vertical:
-        image = jnp.where(jax.random.bernoulli(mirror_key), image[::-1], image)
-    if rotation or shift:
-        angle = jnp.deg2rad(jax.random.uniform(angle_key, minval=-rotation, maxval=rotation))
-        offset = jax.random.uniform(shift_key, (2,), minval=-shift, maxval=shift)
-        image = warp(image, angle, offset * jnp.array([h, w]))
-    if brightness:
-        gain = jax.random.uniform(brightness_key, minval=1 - brightness, maxval=1 + brightness)
-        image = jnp.clip(image * gain, 0, 1)
-    return image
+    uniforms = jax.random.uniform(key, (6,))
+    signed = 2 * uniforms - 1
+    image = jnp.where((uniforms[0] < 0.5) & (flip_horizontal > 0), image[:, ::-1], image)
+    image = jnp.where((uniforms[1] < 0.5) & (flip_vertical > 0), image[::-1], image)
+    angle = jnp.deg2rad(rotation * signed[2])
+    offset = shift * signed[3:5] * jnp.array([h, w])
+    needs_warp = jnp.logical_or(rotation > 0, shift > 0)
+    image = jax.lax.cond(needs_warp, warp, lambda image, *_: image, image, angle, offset)
+    return jnp.clip(image * (1 + brightness * signed[5]), 0, 1)

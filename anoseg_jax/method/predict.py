@@ -1,73 +1,138 @@
-"""From images to anomaly maps and image-level scores; needs neither TensorFlow nor the data."""
+"""From images to anomaly maps and image-level scores, on all devices."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils.epath import Path
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from anoseg_jax import UsageError, metrics
-from anoseg_jax.method import models
-from anoseg_jax.running import checkpoint
+from anoseg_jax.method import memory_bank, models
+from anoseg_jax.method.memory_bank import MemoryBank, PatchGrid
 
 
-class DetectorError(UsageError):
-    """A detector that cannot be used; the message is one line that says why."""
+class BankOptions(NamedTuple):
+    """How the distances to the memory bank are measured and weighted; hashable.
+
+    `distance_weights` are those of the fine and of the coarse distances in the map's logits.
+    """
+
+    grid: PatchGrid
+    distance_weights: tuple[float, float]
+
+
+def bank_options(options: Mapping[str, Any]) -> BankOptions:
+    """Returns what prediction needs of `config.memory_bank`."""
+    grid = PatchGrid(options["patch"], options["stride"])
+    return BankOptions(grid, tuple(map(float, options["distance_weights"])))
 
 
 def image_scores(maps: Array, top_fraction: float) -> Array:
     """Returns the mean of each map's highest pixels, [b]: `top_fraction` of them, at least one.
 
-    A defect is small: the mean of the whole map would drown it, the single highest pixel is noise.
+    A defect is small: the mean of the whole map would hide it, and the single highest pixel is
+    noise.
     """
-    pixels = maps.reshape(maps.shape[0], -1)
+    pixels = jnp.sort(maps.reshape(maps.shape[0], -1), axis=1)
     count = max(1, round(top_fraction * pixels.shape[1]))
-    return jnp.mean(jax.lax.top_k(pixels, count)[0], axis=1)
+    return jnp.mean(pixels[:, -count:], axis=1)
 
 
-def peak_heights(logits: Array, top_fraction: float) -> Array:
-    """Returns how far each map's highest pixels stand out from its median, in logits, [b].
+def peak_over_median(logits: Array, top_fraction: float) -> Array:
+    """Returns how far each map's highest pixels are above its median, in logits, [b].
 
-    What raises all of a map alike, such as the light, is no defect.
+    The median takes out what raises a whole map alike, such as the light.
     """
-    median = jnp.median(logits.reshape(logits.shape[0], -1), axis=1)
-    return image_scores(logits, top_fraction) - median
+    pixels = jnp.sort(logits.reshape(logits.shape[0], -1), axis=1)  # one sort serves both
+    count, half = max(1, round(top_fraction * pixels.shape[1])), pixels.shape[1] // 2
+    # The number of pixels is even: height and width are.
+    median = (pixels[:, half - 1] + pixels[:, half]) / 2
+    return jnp.mean(pixels[:, -count:], axis=1) - median
+
+
+def add_bank_distances(
+    logits: Array, distances: Sequence[Array], weights: Sequence[float]
+) -> Array:
+    """Returns the logits [b, h, w] plus the weighted distances [b, rows, columns], enlarged.
+
+    Prediction alone adds them: the head learns without, and what it has learned from synthetic
+    defects cannot cancel the evidence of the memory bank.
+    """
+    for distance, weight in zip(distances, weights, strict=True):
+        logits += weight * jax.image.resize(distance, logits.shape, "bilinear")
+    return logits
+
+
+def generator_logits(
+    params: Any,
+    bank: MemoryBank | None,
+    images: Array,
+    image_ids: Array | None = None,
+    *,
+    generator: nn.Module,
+    options: BankOptions,
+) -> tuple[Array, Array]:
+    """Returns the logits of the anomaly maps [b, h, w] and the reconstructions [b, h, w, 3].
+
+    Args:
+      params: the generator's parameters.
+      bank: the memory bank, or None.
+      images: float [b, h, w, 3] in [0, 1].
+      image_ids: int32 [b], where the images may be in the bank: distances are leave-one-out.
+      generator: the module.
+      options: of the memory bank.
+    """
+    if bank is None:
+        return generator.apply({"params": params}, images)
+    measure = partial(memory_bank.standardized_distances, image_ids=image_ids, grid=options.grid)
+    fine = measure(bank.fine, images)
+    coarse = measure(bank.coarse, memory_bank.halve(images))
+    logits, reconstructions = generator.apply({"params": params}, images, fine)
+    return add_bank_distances(logits, (fine, coarse), options.distance_weights), reconstructions
 
 
 def predict_fn(
-    params: dict, images: Array, *, generator: nn.Module, top_fraction: float
+    variables: Mapping[str, Any],
+    images: Array,
+    *,
+    generator: nn.Module,
+    options: BankOptions,
+    top_fraction: float,
 ) -> tuple[Array, Array, Array]:
     """Returns anomaly maps [b, h, w], image-level scores [b] and reconstructions [b, h, w, 3].
 
     Args:
-      params: the generator's parameters.
+      variables: the generator's `params` and the `memory_bank`, which may be None.
       images: uint8 [b, h, w, 3].
       generator: the module.
-      top_fraction: of the pixels of a map that its score is the mean of.
+      options: of the memory bank.
+      top_fraction: the share of a map's pixels that its score is the mean of.
 
-    All are float32; maps and reconstructions are in [0, 1], the latter clipped to it, scores
-    (`peak_heights`) are at least 0.
+    All are float32. Maps and reconstructions are in [0, 1], the latter clipped to it; scores
+    (`peak_over_median`) are at least 0.
     """
-    logits, reconstructions = generator.apply({"params": params}, images.astype(jnp.float32) / 255)
-    scores = peak_heights(logits, top_fraction)
+    images = images.astype(jnp.float32) / 255
+    logits, reconstructions = generator_logits(
+        variables["params"], variables["memory_bank"], images, generator=generator, options=options
+    )
+    scores = peak_over_median(logits, top_fraction)
     return nn.sigmoid(logits), scores, jnp.clip(reconstructions, 0, 1)
 
 
 def feature_distance(observed: Sequence[Array], reconstructed: Sequence[Array]) -> Array:
-    """Returns how far two pairs are apart in the discriminator's features, [b]; 0 if equal.
+    """Returns the distance of two pairs in the discriminator's features, [b]; 0 if equal.
 
     Args:
       observed: features of the observed pairs, [b, h, w, c] a level.
       reconstructed: those of the reconstructed pairs.
 
-    Of each level the root mean square difference, then the mean of the levels: a defect is small,
-    squares keep it from being drowned in the small errors of everything else.
+    It is the root mean square difference of each level, averaged over the levels: squares keep a
+    small defect from being hidden by the small errors of everything else.
     """
     differences = [
         a.astype(jnp.float32) - b.astype(jnp.float32)
@@ -85,196 +150,98 @@ def detect_fn(
     detector: nn.Module,
     discriminator: nn.Module,
 ) -> Array:
-    """Returns the detector's image-level scores [b], float32, of 0 or more.
+    """Returns the image-level detector's scores [b], float32, at least 0.
 
     Args:
       params: of the "detector" and of its "discriminator".
       images: uint8 [b, h, w, 3].
       maps: the generator's anomaly maps of them, float [b, h, w] in [0, 1].
       detector: the module.
-      discriminator: the module that learnt with it.
+      discriminator: the module that it was trained with.
     """
     images = images.astype(jnp.float32) / 255
     reconstructed = detector.apply({"params": params["detector"]}, images, maps)
-    judge = partial(discriminator.apply, {"params": params["discriminator"]}, features=True)
-    return feature_distance(judge(images, maps)[1], judge(*reconstructed)[1])
+    features = partial(discriminator.apply, {"params": params["discriminator"]}, features=True)
+    return feature_distance(features(images, maps)[1], features(*reconstructed)[1])
 
 
-def divide(function: Callable, batch_size: int | None = None) -> Callable[..., Any]:
-    """Returns `function` of parameters and arrays [b, ...], divided over all devices.
+def _put(array: Any, sharding: NamedSharding) -> Array:
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    It takes and returns numpy arrays and fills up with copies of the last example: to `batch_size`,
-    so that it is compiled once for all batches up to it, or with None to a multiple of the devices.
-    Of several processes each must call it with the same, and gets all of the results.
+
+def replicate(variables: Any) -> Any:
+    """Returns variables as arrays on all devices of all processes, for `shard_over_devices`."""
+    sharding = NamedSharding(Mesh(jax.devices(), ("batch",)), PartitionSpec())
+    return jax.tree.map(lambda array: _put(array, sharding), variables)
+
+
+def shard_over_devices(function: Callable, batch_size: int | None = None) -> Callable[..., Any]:
+    """Returns `function` of variables and arrays [b, ...], with the arrays split over all devices.
+
+    The variables are those of `replicate`; arrays and results are numpy arrays. With `outputs=n`
+    only the first n results are fetched. Batches are padded with copies of the last example: to
+    `batch_size`, so that one program serves all batches up to it, or with None to a multiple of the
+    devices. Every process must call it with the same, and gets all results.
     """
     mesh = Mesh(jax.devices(), ("batch",))
-    replicated, divided = (
+    replicated, sharded = (
         NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("batch"))
     )
     jitted = jax.jit(function, out_shardings=replicated)
 
-    def put(array: Any, sharding: NamedSharding) -> Array:
-        array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-    def call(params: Any, *arrays: np.ndarray) -> Any:
+    def call(variables: Any, *arrays: np.ndarray, outputs: int | None = None) -> Any:
         count = len(arrays[0])
         size = max(count, batch_size or 0)
         size += -size % mesh.size
-        filled = [np.concatenate([x, np.repeat(x[-1:], size - count, axis=0)]) for x in arrays]
-        placed = jax.tree.map(lambda array: put(array, replicated), params)
-        results = jitted(placed, *(put(array, divided) for array in filled))
+        padded = [np.concatenate([x, np.repeat(x[-1:], size - count, axis=0)]) for x in arrays]
+        results = jitted(variables, *(_put(array, sharded) for array in padded))
+        results = results if outputs is None else results[:outputs]
         return jax.tree.map(lambda result: np.asarray(result)[:count], results)
 
     return call
 
 
-def create_predict(
-    generator: nn.Module, *, top_fraction: float, batch_size: int | None = None
-) -> Callable[[Any, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Returns `predict_fn` as a function of parameters and images; see `divide`."""
-    return divide(partial(predict_fn, generator=generator, top_fraction=top_fraction), batch_size)
+@functools.cache
+def _sharded(function: Callable, batch_size: int | None, **options: Any) -> Callable[..., Any]:
+    return shard_over_devices(partial(function, **options), batch_size)
 
 
-def create_detect(
-    detector: nn.Module, discriminator: nn.Module, *, batch_size: int | None = None
-) -> Callable[[Any, np.ndarray, np.ndarray], np.ndarray]:
-    """Returns `detect_fn` as a function of parameters, images and maps; see `divide`."""
-    return divide(partial(detect_fn, detector=detector, discriminator=discriminator), batch_size)
+def sharded_predict_fn(
+    generator: nn.Module,
+    config: Mapping[str, Any],
+    *,
+    batch_size: int | None = None,
+    top_fraction: float | None = None,
+) -> Callable[..., Any]:
+    """Returns `predict_fn` on all devices (`shard_over_devices`): one program for equal options.
 
-
-def thresholds_from_good(
-    maps: np.ndarray, scores: np.ndarray, *, pixel_rate: float, image_rate: float
-) -> dict[str, dict[str, Any]]:
-    """Makes thresholds from good images that were held out: no defect is needed.
-
-    Args:
-      maps: anomaly maps of the held-out images, float [n, h, w]; n may be 0.
-      scores: their image-level scores, float [n].
-      pixel_rate: share of good pixels that may be at or above the pixel threshold.
-      image_rate: share of good images that may be at or above the image threshold.
-
-    Returns:
-      For "pixel" and "image": `threshold` (`score >= threshold` is defective; None where there are
-      no images), `held_out_rate` (what was asked for), `images` and, in words, `how`.
+    `config` has the options `memory_bank` and `evaluate`; batch_size and top_fraction are the
+    latter's unless given.
     """
-    made = {}
-    for name, values, rate in (("pixel", maps, pixel_rate), ("image", scores, image_rate)):
-        count = len(values)
-        how = f"at most {rate:.2%} of the {name}s of {count} good images that were held out"
-        if not count:
-            how = "none: too few good images to hold any out (held_out)"
-        elif name == "image" and count * rate < 1:
-            how += f": above all of them, as {count} images cannot tell a rate of {rate:.2%}"
-        made[name] = {
-            "threshold": metrics.threshold_from_good(values, rate),
-            "held_out_rate": rate,
-            "images": count,
-            "how": how,
-        }
-    return made
+    options = config["evaluate"]
+    return _sharded(
+        predict_fn,
+        batch_size or options["batch_size"],
+        generator=generator,
+        options=bank_options(config["memory_bank"]),
+        top_fraction=options["top_fraction"] if top_fraction is None else top_fraction,
+    )
 
 
-def check_generator(record: Mapping[str, Any], params_sha256: str, folder: Path) -> None:
-    """Raises DetectorError unless the detector of `folder` was trained for these weights."""
-    trained_for = record["generator_sha256"]
-    if trained_for != params_sha256:
-        raise DetectorError(
-            f"{folder}: this detector was trained for generator weights {trained_for[:12]}, but "
-            f"the newest checkpoint beside it holds {params_sha256[:12]}: remove that folder and "
-            "train again, or set detector.enabled=False"
-        )
+def sharded_detect_fn(
+    detector: nn.Module, discriminator: nn.Module, batch_size: int | None
+) -> Callable[..., Any]:
+    """Returns `detect_fn` on all devices (`shard_over_devices`): one program for equal options."""
+    return _sharded(detect_fn, batch_size, detector=detector, discriminator=discriminator)
 
 
-class DetectorPredictor:
-    """A trained image-level detector on all devices.
+def flops_per_image(variables: Any, generator: nn.Module, config: Mapping[str, Any]) -> float:
+    """Returns the floating-point operations of one image's map, as `models.count_flops` counts.
 
-    Attributes:
-      params: the averaged weights of the "detector", and those of its "discriminator".
-      config: the options it was trained with, as plain dicts.
-      record: what training recorded: seconds, parameters, FLOPs an image, thresholds.
-      params_sha256: of the detector's weights.
+    `variables` are arrays or shapes, see `predict_fn`.
     """
-
-    def __init__(
-        self, category_dir: str | Path, generator_sha256: str, *, batch_size: int | None = None
-    ):
-        """Loads the newest checkpoint of `W/<category>/detector`.
-
-        Raises FileNotFoundError if there is none, DetectorError if it was trained for a generator
-        whose weights have another hash than `generator_sha256`.
-        """
-        folder = Path(category_dir) / "detector"
-        state, self.config, self.record, self.step = checkpoint.restore_newest(
-            folder / "checkpoints"
-        )
-        check_generator(self.record, generator_sha256, folder)
-        self.params = {"detector": state["ema"], "discriminator": state["discriminator"]}
-        self.params_sha256 = checkpoint.params_sha256(self.params["detector"])
-        detector, discriminator = models.create_detector(
-            self.config["model"], self.config["detector"]
-        )
-        self._detect = create_detect(detector, discriminator, batch_size=batch_size)
-
-    def __call__(self, images: np.ndarray, maps: np.ndarray) -> np.ndarray:
-        """Returns the scores [b] of images, uint8 [b, h, w, 3], with the generator's maps."""
-        return self._detect(self.params, images, maps)
-
-
-class Predictor:
-    """A trained generator on all devices.
-
-    Attributes:
-      params: the averaged weights of the generator.
-      config: the options it was trained with, as plain dicts.
-      record: what training recorded: seconds, parameters, FLOPs an image.
-      image_size: height and width of the images that it takes.
-      detector: the image-level detector, `detector(images, maps) -> scores`; None if not asked for.
-    """
-
-    def __init__(
-        self,
-        category_dir: str | Path,
-        *,
-        top_fraction: float | None = None,
-        batch_size: int | None = None,
-        detector: bool = False,
-    ):
-        """Loads the newest checkpoint of `W/<category>`; FileNotFoundError if there is none.
-
-        With `detector` also that of the image-level detector (see `DetectorPredictor`).
-
-        `top_fraction` (see `predict_fn`) stands in for the one of the checkpoint's options, whose
-        image threshold is of no use then. `batch_size`: see `create_predict`.
-        """
-        self.params, self.config, self.record, self.step = checkpoint.restore_variables(
-            Path(category_dir) / "checkpoints"
-        )
-        trained_with = self.config["evaluate"]["top_fraction"]
-        if top_fraction not in (None, trained_with) and "thresholds" in self.record:
-            how = f"none: made from scores of evaluate.top_fraction={trained_with}"
-            self.record["thresholds"]["image"] = {"threshold": None, "how": how}
-        self.image_size = tuple(self.config["image_size"])
-        generator, _ = models.create(self.config["model"], self.config["loss"])
-        self._predict = create_predict(
-            generator,
-            top_fraction=trained_with if top_fraction is None else top_fraction,
-            batch_size=batch_size,
-        )
-        self.detector = None
-        if detector:
-            sha256 = checkpoint.params_sha256(self.params)
-            self.detector = DetectorPredictor(category_dir, sha256, batch_size=batch_size)
-
-    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns maps [b, h, w], scores [b] and reconstructions [b, h, w, 3] of uint8 images.
-
-        Raises ValueError if the images are not uint8 [b, h, w, 3] of `image_size`.
-        """
-        expected = (*self.image_size, 3)
-        if images.ndim != 4 or images.shape[1:] != expected or images.dtype != np.uint8:
-            raise ValueError(
-                f"images must be uint8 [b, {', '.join(map(str, expected))}], the size that the "
-                f"model was trained at; got {images.dtype} {list(images.shape)}"
-            )
-        return self._predict(self.params, images)
+    images = jax.ShapeDtypeStruct((1, *config["image_size"], 3), jnp.float32)
+    options = bank_options(config["memory_bank"])
+    function = partial(generator_logits, generator=generator, options=options)
+    return models.count_flops(function, variables["params"], variables["memory_bank"], images)

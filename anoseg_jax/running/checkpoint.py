@@ -19,10 +19,12 @@ from etils import epath
 from anoseg_jax import UsageError, first_line
 
 Manager = ocp.CheckpointManager
+# Of the arrays in a checkpoint; it is in the record, and others are refused.
+FORMAT = 2
 
 
 class CheckpointError(UsageError):
-    """Checkpoints that are there and cannot be read; the message is one line that says which."""
+    """There are checkpoints, but none can be read; the message is one line that says which."""
 
 
 class Saved(NamedTuple):
@@ -36,13 +38,13 @@ class Saved(NamedTuple):
 
 @contextlib.contextmanager
 def open_manager(directory: epath.PathLike, *, create: bool = True) -> Iterator[Manager]:
-    """Opens the checkpoints in `directory`; keeps the two newest. What is begun is ended at exit.
+    """Opens the checkpoints in `directory`; keeps the two newest, waits for writes at exit.
 
-    A directory that is not there is made, or with `create=False` refused (FileNotFoundError).
-    Raises OSError if what was begun cannot be written.
+    A missing directory is created, or with `create=False` refused (FileNotFoundError). Raises
+    OSError if a checkpoint cannot be written.
 
-    Two: should the newest turn out damaged, one is left. No "best" one is kept: the only data that
-    could tell which is best without looking at the test set would be defects, and there are none.
+    The second newest is there in case the newest is damaged. No "best" one is kept: that would need
+    defects, which training does not have.
     """
     directory = epath.Path(directory)
     if not create and not directory.exists():
@@ -70,7 +72,7 @@ def open_manager(directory: epath.PathLike, *, create: bool = True) -> Iterator[
 
 @contextlib.contextmanager
 def _without_errors_of_orbax() -> Iterator[None]:
-    """Keeps its pages of tracebacks from the log: what it logs as an error, it raises, too."""
+    """Keeps orbax's tracebacks out of the log: it also raises the errors that it logs."""
 
     def passes(line: logging.LogRecord) -> bool:
         return "orbax" not in line.pathname or line.levelno < logging.WARNING
@@ -95,14 +97,14 @@ def _writing(where: epath.Path) -> Iterator[None]:
 def save(manager: Manager, state: Any, step: int, *, config: dict, record: dict) -> None:
     """Saves in the background; the end of `open_manager` waits for it.
 
-    Orbax writes under a temporary name and renames: a checkpoint is whole or it is not there. What
-    happens to it on the disk later is told by the hash that the record gets, `state_sha256`.
+    Orbax writes under a temporary name and renames, so that no checkpoint is incomplete. The record
+    gets `state_sha256`, which tells later damage, and `format`.
 
-    Raises OSError if it, or the one before it, cannot be written.
+    Raises OSError if this checkpoint or the one before it cannot be written.
     """
     # On the host first: orbax refuses pmap's host-local arrays, and the step donates its state.
     state = jax.device_get(state)
-    record = record | {"state_sha256": state_sha256(state)}
+    record = record | {"format": FORMAT, "state_sha256": arrays_sha256(state)}
     with _writing(epath.Path(manager.directory) / str(step)):
         manager.save(
             step,
@@ -120,17 +122,18 @@ def restore(
     template: Any = None,
     check: Callable[[dict, dict], None] = lambda config, record: None,
 ) -> Saved | None:
-    """Returns the newest checkpoint that is whole; None if there is none at all.
+    """Returns the newest intact checkpoint; None if there is none at all.
 
-    Of each newer one, which is damaged, a line on stderr says what is wrong with it.
+    Warns about every damaged checkpoint that is newer, with a line on stderr.
 
     Args:
       manager: of `open_manager`.
-      template: a state of the same shapes, arrays or what `jax.eval_shape` returns, to get a state
-        of that kind; None gets nested dicts.
-      check: given config and record, raises if this is not a checkpoint that is wanted.
+      template: a state of the same shapes, arrays or what `jax.eval_shape` returns: the result has
+        its structure; with None it is nested dicts.
+      check: given config and record, raises if the checkpoint does not fit.
 
-    Raises CheckpointError if there are checkpoints and none of them is whole.
+    Raises CheckpointError if there are checkpoints but none is intact, or if an older version of
+    the program wrote them.
     """
     as_numpy = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
     damaged = []
@@ -141,11 +144,16 @@ def restore(
         except Exception as error:
             damaged.append(f"{folder}: {first_line(error)}")
             continue
+        if record.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{folder} was written by an older version of anoseg_jax, which this one cannot "
+                "read: train again in a new --workdir"
+            )
         check(config, record)
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(as_numpy))
             state = manager.restore(step, args=args).state
-            if state_sha256(state) != record["state_sha256"]:
+            if arrays_sha256(state) != record["state_sha256"]:
                 raise ValueError("the arrays are not those that were saved")
         except Exception as error:
             damaged.append(f"{folder}: {first_line(error)}")
@@ -167,9 +175,9 @@ def _read_json(manager: Manager, step: int, item: str) -> dict:
 
 
 def set_aside(manager: Manager, after: int) -> None:
-    """Renames the checkpoints after step `after` to damaged_<step> beside their directory.
+    """Moves the checkpoints after step `after` to damaged_<step> beside their directory.
 
-    Their steps come again, and orbax refuses to write over them.
+    Their steps will be trained again, and orbax does not overwrite checkpoints.
     """
     steps = [step for step in manager.all_steps() if step > after]
     if steps and jax.process_index() == 0:
@@ -184,7 +192,7 @@ def set_aside(manager: Manager, after: int) -> None:
 
 
 def restore_newest(directory: epath.PathLike) -> Saved:
-    """Returns the newest whole checkpoint (see `restore`) in `directory`, as nested dicts.
+    """Returns the newest intact checkpoint (see `restore`) in `directory`, as nested dicts.
 
     Raises FileNotFoundError, naming the directory, if it holds none.
     """
@@ -196,7 +204,7 @@ def restore_newest(directory: epath.PathLike) -> Saved:
 
 
 def read_record(directory: epath.PathLike) -> dict | None:
-    """Returns the record of the newest whole checkpoint in `directory`; None if there is none."""
+    """Returns the record of the newest intact checkpoint in `directory`; None if there is none."""
     if not epath.Path(directory).exists():
         return None
     with open_manager(directory, create=False) as manager:
@@ -204,31 +212,12 @@ def read_record(directory: epath.PathLike) -> dict | None:
     return saved.record if saved else None
 
 
-def restore_variables(directory: epath.PathLike) -> tuple[dict, dict, dict, int]:
-    """Returns the evaluated (averaged) generator parameters, config, record and step.
+def arrays_sha256(tree: Any) -> str:
+    """Returns the SHA-256 of dtypes, shapes and bytes of all arrays of a tree, without their names.
 
-    Raises FileNotFoundError, naming the directory, if it holds no checkpoint.
+    A state has the same hash as the nested dicts that it is restored as.
     """
-    state, config, record, step = restore_newest(directory)
-    return state["ema"], config, record, step
-
-
-def params_sha256(params: Any) -> str:
-    """Returns the SHA-256 of names, shapes, dtypes and bytes of all parameters."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def state_sha256(state: Any) -> str:
-    """Returns the SHA-256 of dtypes, shapes and bytes of all leaves, whatever holds them.
-
-    A state and the nested dicts that it is restored as have the same.
-    """
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     digests = sorted(
         hashlib.sha256(f"{leaf.dtype} {leaf.shape}".encode() + leaf.tobytes()).digest()
         for leaf in leaves

@@ -1,7 +1,7 @@
-"""The job that this process is, or is a part of: its processes, signals, and the lock on a folder.
+"""The processes of a run: how they meet, stop on signals, and lock a folder.
 
-Needs neither TensorFlow nor the data. The processes of a job run the same program on the same
-options; what they write, the first of them writes.
+Needs neither TensorFlow nor the data. All processes run the same program with the same options; the
+main process (number 0) alone writes.
 """
 
 import contextlib
@@ -22,34 +22,34 @@ from jax.experimental import multihost_utils
 
 from anoseg_jax import UsageError, first_line
 
-# Exit codes: stopped by a signal with everything saved (EX_TEMPFAIL: to be tried again); ended
-# because another process of the job did.
+# Exit codes: stopped by a signal with everything saved (EX_TEMPFAIL: try again); ended because
+# another process of the run did.
 STOPPED = 75
 PEER_FAILED = 76
-# Seconds after which a process that gives no sign of life is given up, and the job with it.
+# Seconds without a sign of life after which a process counts as lost, and the run ends.
 SILENCE = 30
 # Seconds that processes wait for each other at the start and at the end.
 PATIENCE = 300
 
 _signals: list[int] = []
-# jax numbers the points at which processes agree to stop; from where no step of orbax's can be.
+# jax numbers the points at which processes agree to stop: from where no step number of orbax is.
 _points = itertools.count(2**30)
 
 
 class Stopped(Exception):
-    """The job ends because a signal asked for it; what was done is saved."""
+    """The run ends because a signal asked for it; a checkpoint is saved."""
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins the job's other processes; must come before anything else is done with jax.
+    """Joins the run's other processes; must come before anything else is done with jax.
 
     Args:
       coordinator: "HOST:PORT" of the first process; all three None where jax finds them by itself
         (Slurm, Open MPI, Cloud TPU, GKE).
-      num_processes: of the job.
+      num_processes: of the run.
       process_id: from 0 to `num_processes` - 1.
 
-    Raises UsageError if they cannot be found, or are not there within `PATIENCE` seconds.
+    Raises UsageError if they cannot be found or do not start within `PATIENCE` seconds.
     """
     given = (coordinator, num_processes, process_id)
     if None in given and any(value is not None for value in given):
@@ -63,7 +63,9 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         )
     except (ValueError, RuntimeError) as error:
         hint = "" if coordinator else "; where jax finds no cluster give --coordinator=HOST:PORT"
-        raise UsageError(f"the job's processes do not meet: {first_line(error)}{hint}") from error
+        raise UsageError(
+            f"the processes of this run do not meet: {first_line(error)}{hint}"
+        ) from error
     # CPUs connect at the first exchange, for which they wait 30 s: now, as all are there.
     ones = np.ones(jax.local_device_count())
     jax.block_until_ready(jax.pmap(lambda x: jax.lax.psum(x, "all"), axis_name="all")(ones))
@@ -76,18 +78,18 @@ def is_distributed() -> bool:
 
 
 def peer_failed(error: Exception) -> str:
-    """Returns what to say of an error that may come from the end of another process of the job."""
+    """Returns the message for an error that the end of another process may have caused."""
     traceback.print_exception(error)
     return (
-        f"{first_line(error)}; if another process of this job ended, its own output says why; "
-        "everything up to the last checkpoint is saved: start all processes again"
+        f"{first_line(error)}; if another process of this run ended, its output says why. "
+        "Checkpoints are kept. Start all processes again to resume."
     )
 
 
 def leave(code: int) -> NoReturn:
     """Ends this process with an exit code.
 
-    One of several that failed does not wait for the others, as jax does: they would wait for it.
+    One of several that failed must not wait for the others, as jax does: they wait for it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -97,23 +99,21 @@ def leave(code: int) -> NoReturn:
 
 
 def is_main_process() -> bool:
-    """Returns whether this process is the one that writes and speaks for the job."""
+    """Returns whether this process is the one that writes files and messages."""
     return jax.process_index() == 0
 
 
 def rows(batch_size: int) -> slice:
-    """Returns which rows of the batch of all devices this process reads: each row is of one."""
+    """Returns the rows of the batch of all devices that this process reads."""
     count = batch_size // jax.process_count()
     return slice(jax.process_index() * count, (jax.process_index() + 1) * count)
 
 
 def check_equal(values: Mapping[str, str]) -> None:
-    """Raises UsageError, naming the first, if processes differ in one of these hexadecimal hashes.
+    """Raises UsageError if processes differ in one of these hexadecimal hashes, naming the first.
 
-    Training on would not fail: it would give weights that no run can repeat.
+    Training would not fail, but give weights that no run can repeat.
     """
-    if jax.process_count() == 1:
-        return
     for name, value in values.items():
         digests = multihost_utils.process_allgather(
             np.frombuffer(bytes.fromhex(value), np.uint8).astype(np.int32)
@@ -121,56 +121,72 @@ def check_equal(values: Mapping[str, str]) -> None:
         others = np.flatnonzero((digests != digests[0]).any(axis=1))
         if len(others):
             raise UsageError(
-                f"process {others[0]} has other {name} than process 0: all processes need the same "
-                "command, images and --workdir, on storage that all of them see"
+                f"process {others[0]} differs from process 0 in its {name}: all processes need "
+                "the same command, images and --workdir, on storage that all of them see"
             )
 
 
 def stop_on_signals() -> None:
-    """Lets SIGTERM and SIGINT end the job at the next `must_stop`; a second one ends it at once."""
-    several = is_distributed()
+    """Lets SIGTERM end the run at the next `must_stop`; a second one ends the process at once.
 
-    def note(number: int, frame: object) -> None:
-        del frame
-        print(f"{signal.Signals(number).name}: saves and stops", file=sys.stderr, flush=True)
+    SIGINT (Ctrl-C) ends the process at once, also where Python waits for a compiler, but inside of
+    `finish_step_on_interrupt`.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if not is_distributed():  # else jax's preemption service listens to SIGTERM
+        signal.signal(signal.SIGTERM, _note_signal)
+
+
+@contextlib.contextmanager
+def finish_step_on_interrupt() -> Iterator[None]:
+    """Lets SIGINT (Ctrl-C) end the run at the next `must_stop`; a second one ends the process."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:  # a notebook's or a test's own
+        yield
+        return
+    signal.signal(signal.SIGINT, _note_signal)
+    try:
+        yield
+    finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if several:  # see must_stop
-            os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            _signals.append(number)
 
-    signal.signal(signal.SIGINT, note)
-    if not several:
-        signal.signal(signal.SIGTERM, note)
+
+def _note_signal(number: int, frame: object) -> None:
+    del frame
+    again = "; press Ctrl-C again to stop now" if number == signal.SIGINT else ""
+    print(f"\n{signal.Signals(number).name}: stopping after this step{again}", file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if is_distributed():  # see must_stop
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _signals.append(number)
 
 
 def must_stop() -> bool:
-    """Returns whether a signal has asked the job to end: in all processes at the same call.
+    """Returns whether a signal has asked the run to end: in all processes at the same call.
 
-    To be called by all processes equally often: once a step, and between what takes long.
+    All processes must call it equally often: once a step, and between long tasks.
     """
     if not is_distributed():
         return bool(_signals)
-    # A signal reaches each process at another step, or one of them alone: jax's preemption service
-    # listens to SIGTERM and names a step that none of them has passed.
+    # A signal reaches each process at another step, or only one of them: jax's preemption service
+    # listens to SIGTERM and names a step that no process has passed.
     return multihost_utils.reached_preemption_sync_point(next(_points))
 
 
 def stop_if_asked(where: str) -> None:
-    """Raises Stopped, saying where, if a signal has asked the job to end; see `must_stop`."""
+    """Raises Stopped, saying where, if a signal has asked the run to end; see `must_stop`."""
     if must_stop():
         raise Stopped(f"stopped {where}")
 
 
 @contextlib.contextmanager
 def lock(folder: epath.PathLike, *, shared: bool = False) -> Iterator[None]:
-    """Holds `folder`, which is made, against other jobs; the end of the process ends it, too.
+    """Locks `folder`, which is created, against other runs, until the block or the process ends.
 
-    With `shared`, jobs that share it may hold it together. On storage without locks (gs://)
-    nothing is held.
+    Runs may hold a `shared` lock together. On storage without locks (gs://) nothing is locked.
 
-    Raises UsageError if another job holds it; OSError if the folder cannot be written to.
+    Raises UsageError if another run holds the lock; OSError if the folder cannot be written to.
     """
     folder = epath.Path(folder)
     if not is_main_process():
@@ -180,13 +196,13 @@ def lock(folder: epath.PathLike, *, shared: bool = False) -> Iterator[None]:
     if "://" in os.fspath(folder):
         yield
         return
-    # Not through epath: a lock is on a file of this machine.
+    # Not with epath: a lock is on a local file.
     with os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT), "r+") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(
-                f"{folder} is in use by {file.read().strip() or 'another job'}: wait for it, or "
+                f"{folder} is in use by {file.read().strip() or 'another run'}: wait for it, or "
                 "take another --workdir"
             ) from None
         file.truncate(0)

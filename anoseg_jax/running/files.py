@@ -1,19 +1,19 @@
-"""Files written whole or not at all; a path is local or of an object store (gs://).
+"""Atomic writes of files, local or in an object store (gs://).
 
-An object store cannot append, seek while writing, or be opened by `open`: what is written is made
-in memory first, and paths are those of etils.epath everywhere.
+An object store cannot append, seek while writing, or be opened by `open`: contents are made in
+memory first, and all paths are those of etils.epath.
 """
 
 from etils.epath import Path
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name and renames it: it is whole or it is not there."""
+    """Writes a file under a temporary name and renames it: no reader sees it incomplete."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     temporary.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text in UTF-8, whole or not at all."""
+    """Writes a text in UTF-8, see `write_bytes`."""
     write_bytes(path, text.encode())

@@ -5,8 +5,10 @@ and gradient norms; `learning_rate` of the step; `images_per_second`.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from etils.epath import Path
 from tqdm import tqdm
 
@@ -31,11 +33,15 @@ def keep_until(path: Path, step: int) -> None:
     files.write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def write_line(path: Path, line: dict[str, Any], bar: tqdm, num_steps: int) -> None:
-    """Adds the line to the log and shows it: on the bar, or as text where there is no terminal.
+def write_line(
+    path: Path, line: dict[str, Any], bar: tqdm, num_steps: int, writer: Any = None
+) -> None:
+    """Adds the line to the log and to TensorBoard, and shows it on the bar.
 
-    Losses that are switched off are null.
+    Where there is no terminal it is printed as text. Losses that are switched off are null.
     """
+    if writer is not None:
+        writer.write_scalars(line["step"], {k: v for k, v in line.items() if k != "step"})
     complete = {"step": line["step"]} | dict.fromkeys((*LOSSES, "images_per_second")) | line
     before = path.read_text() if path.exists() else ""
     files.write_text(path, before + json.dumps(complete) + "\n")
@@ -47,3 +53,13 @@ def write_line(path: Path, line: dict[str, Any], bar: tqdm, num_steps: int) -> N
     speed = line.get("images_per_second")
     rate = f"  {speed:.1f} images/s" if speed else ""
     print(f"step {line['step']}/{num_steps}  {shown}{rate}", flush=True)
+
+
+def draw_panels(
+    examples: Mapping[str, np.ndarray], maps: np.ndarray, reconstructions: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Returns rows of (good, defective, mask, map, reconstruction) by name: [b, h, 5 w, 3]."""
+    in_colour = lambda x: np.repeat(x[..., None], 3, axis=-1)  # noqa: E731
+    columns = [examples["good"], examples["defective"], in_colour(examples["masks"])]
+    columns += [in_colour(maps), reconstructions]
+    return {"good|defective|mask|map|reconstruction": np.concatenate(columns, axis=2)}

@@ -1,0 +1,451 @@
+"""Memory bank: patches of good images, and the distance of any patch to the nearest of them.
+
+The coreset of PatchCore (Roth et al., arXiv 2106.08265), of raw pixels instead of pretrained
+features: what has no counterpart among good parts stands out, also if no synthetic defect looks
+like it. Images are float [b, h, w, 3] in [0, 1] unless stated otherwise. An image's id is its
+position in the sorted list of all good training images (`images.batches`): in training the
+distances are leave-one-out, because an image has no unusual patches where it is in the bank itself.
+
+The bank is built once a run, on the host where that is faster than compiling a program for it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from threadpoolctl import threadpool_limits
+
+# Standardized distances are clipped to this range: one patch must not outweigh all others.
+CLIP = (-3.0, 10.0)
+# Differences of large numbers: products in float32, also where the default is TF32 or bfloat16.
+_exact_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+class PatchGrid(NamedTuple):
+    """How images are cut into patches, in pixels of the half-size image: hashable.
+
+    Attributes:
+      patch: side of a patch.
+      stride: distance from one patch to the next.
+    """
+
+    patch: int
+    stride: int
+
+
+@flax.struct.dataclass
+class PatchBank:
+    """Coreset of good patches at one scale, with what is needed to measure distances to it.
+
+    Attributes:
+      mean: of the descriptors, [d].
+      basis: their first principal components, [d, k].
+      patches: the coreset, [size, k + 2]: principal components, then scaled position.
+      patch_image_ids: the image that each patch is from, int32 [size].
+      position_scale: factor of the positions, which are from -1 to 1; 0 where they do not count.
+      distance_mean: mean distance of patches of good images that are not in the bank.
+      distance_std: standard deviation of these distances.
+    """
+
+    mean: Array
+    basis: Array
+    patches: Array
+    patch_image_ids: Array
+    position_scale: Array
+    distance_mean: Array
+    distance_std: Array
+
+
+@flax.struct.dataclass
+class MemoryBank:
+    """Patches at half the image's size (`fine`) and at a quarter (`coarse`)."""
+
+    fine: PatchBank
+    coarse: PatchBank
+
+
+def from_dicts(saved: Mapping[str, Any] | None) -> MemoryBank | None:
+    """Returns the bank of a checkpoint that was restored as nested dicts; None if it has none."""
+    return saved and MemoryBank(**{scale: PatchBank(**saved[scale]) for scale in saved})
+
+
+def template(options: Mapping[str, Any], channels: int = 3) -> MemoryBank:
+    """Returns the shapes and dtypes of a bank with these options (`config.memory_bank`)."""
+    size, components = options["size"], options["components"]
+    descriptor = options["patch"] ** 2 * channels
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
+    scale = PatchBank(
+        mean=shape(descriptor),
+        basis=shape(descriptor, components),
+        patches=shape(size, components + 2),
+        patch_image_ids=jax.ShapeDtypeStruct((size,), jnp.int32),
+        position_scale=shape(),
+        distance_mean=shape(),
+        distance_std=shape(),
+    )
+    return MemoryBank(fine=scale, coarse=scale)
+
+
+def halve(images: Array) -> Array:
+    """Halves height and width, each pixel the mean of four: [b, h/2, w/2, c]."""
+    b, h, w, c = images.shape
+    return images.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+
+
+def embed_patches(images: Array, grid: PatchGrid) -> tuple[Array, Array]:
+    """Returns descriptors of the overlapping patches of half-size images, and their positions.
+
+    A descriptor is a patch's pixels minus their mean, over their standard deviation plus 0.1 (in a
+    plain patch the noise must not count in full). At the edges the image is mirrored.
+
+    Returns:
+      Descriptors [b, h / (2 stride), w / (2 stride), d], where d = patch * patch * c, and positions
+      [rows, columns, 2], each from -1 to 1.
+    """
+    x = halve(images)
+    h, w = x.shape[1:3]
+    before, after = (grid.patch - 1) // 2, grid.patch // 2
+    x = jnp.pad(x, ((0, 0), (before, after), (before, after), (0, 0)), mode="reflect")
+    # Along the rows, then along the columns: fewer slices than one for each pixel of a patch.
+    x = jnp.stack([x[:, :, j : j + w : grid.stride] for j in range(grid.patch)], axis=3)
+    x = jnp.stack([x[:, i : i + h : grid.stride] for i in range(grid.patch)], axis=3)
+    x = x.reshape(*x.shape[:3], -1)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    x = x / (jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True)) + 0.1)
+    rows, columns = (jnp.linspace(-1, 1, n) for n in x.shape[1:3])
+    return x, jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1)
+
+
+def _project(bank: PatchBank, x: Array) -> tuple[Array, Array]:
+    """Returns the principal components of descriptors, [n, k], and their squared residuals, [n]."""
+    x = x - bank.mean
+    code = _exact_matmul(x, bank.basis)
+    return code, jnp.sum(x**2, axis=-1) - jnp.sum(code**2, axis=-1)
+
+
+def distances(
+    bank: PatchBank, images: Array, image_ids: Array | None = None, *, grid: PatchGrid
+) -> Array:
+    """Returns the distance of each patch to the nearest in the bank: [b, rows, columns].
+
+    With `image_ids` [b], to the nearest patch of any other image (leave-one-out); if all of the
+    bank is of that image, nothing is left out.
+    """
+    image_ids = jnp.full(len(images), -1) if image_ids is None else image_ids  # -1: no image's
+
+    def distances_of_image(args: tuple[Array, Array]) -> Array:
+        image, image_id = args
+        x, positions = embed_patches(image[None], grid)
+        code, rest = _project(bank, x[0].reshape(-1, x.shape[-1]))
+        code = jnp.concatenate([code, bank.position_scale * positions.reshape(-1, 2)], axis=-1)
+        same_image = bank.patch_image_ids == image_id
+        left_out = same_image & ~jnp.all(same_image)
+        norms = jnp.where(left_out, jnp.inf, jnp.sum(bank.patches**2, axis=-1))
+        nearest = jnp.min(norms - 2 * _exact_matmul(code, bank.patches.T), axis=-1)
+        squared = nearest + jnp.sum(code**2, axis=-1) + rest
+        return jnp.sqrt(jnp.maximum(squared, 0.0)).reshape(x.shape[1:3])
+
+    # Image by image: every patch of a batch against all of the bank would be gigabytes.
+    return jax.lax.map(distances_of_image, (images, image_ids))
+
+
+def standardized_distances(
+    bank: PatchBank, images: Array, image_ids: Array | None = None, *, grid: PatchGrid
+) -> Array:
+    """Returns `distances` in standard deviations from the mean of good patches, clipped to CLIP."""
+    raw = distances(bank, images, image_ids, grid=grid)
+    return jnp.clip((raw - bank.distance_mean) / (bank.distance_std + 1e-6), *CLIP)
+
+
+def split_bank_images(
+    image_ids: np.ndarray, *, num_images: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits images into those of the bank and those that calibrate it; returns their positions.
+
+    The split is drawn from the seed, and equal images are on the same side. Only then are they
+    repeated or thinned out to fixed counts, three quarters and one quarter of `num_images`, so that
+    one compiled program serves every category. One image alone is on both sides.
+    """
+    unique = np.unique(image_ids, return_index=True)[1]
+    order = np.random.default_rng([seed, 0, 2]).permutation(unique)
+    num_calibration = max(1, len(order) // 4) if len(order) > 1 else 0
+    sides = order[num_calibration:], order[: max(1, num_calibration)]
+    counts = num_images - num_images // 4, num_images // 4
+    return tuple(
+        side[np.arange(count) * len(side) // count]
+        for side, count in zip(sides, counts, strict=True)
+    )
+
+
+@partial(jax.jit, static_argnames=("grid", "components", "halvings"))
+def _embed_candidates(
+    images: Array, chosen: Array, *, grid: PatchGrid, components: int, halvings: int
+) -> tuple[Array, ...]:
+    """Returns mean, basis and total variance of chosen descriptors, their codes and positions.
+
+    `images` are uint8 [n, h, w, c], `chosen` int [n, k] patches of each. Codes are [n * k,
+    components], positions [n * k, 2].
+    """
+
+    def embed_chosen(args: tuple[Array, Array]) -> tuple[Array, Array]:
+        image, index = args
+        image = image[None].astype(jnp.float32) / 255
+        for _ in range(halvings):
+            image = halve(image)
+        x, positions = embed_patches(image, grid)
+        return x.reshape(-1, x.shape[-1])[index], positions.reshape(-1, 2)[index]
+
+    # Image by image: all patches of all images would take gigabytes.
+    x, positions = jax.lax.map(embed_chosen, (images, chosen))
+    x, positions = (a.reshape(-1, a.shape[-1]) for a in (x, positions))
+    mean = jnp.mean(x, axis=0)
+    x = x - mean
+    covariance = _exact_matmul(x.T, x) / (len(x) - 1)
+    variance, basis = jnp.linalg.eigh(covariance)  # ascending
+    basis = basis[:, ::-1][:, :components]
+    return mean, basis, jnp.sum(variance), _exact_matmul(x, basis), positions
+
+
+def k_center_greedy(patches: np.ndarray, size: int, *, block: int = 2048) -> np.ndarray:
+    """Returns the indices of a greedy k-center coreset of float32 patches [n, k]: int [size].
+
+    The first patch, then always the one that is farthest from all chosen so far (PatchCore, Roth et
+    al., arXiv 2106.08265, algorithm 1). If there are fewer than `size` distinct patches, some are
+    chosen again.
+
+    It is exact, in blocks: distances only shrink, so that an old distance is an upper bound. The
+    `block` patches with the largest bounds are kept up to date for as long as the farthest of them
+    is at least as far as every other patch's bound; then one matrix product updates all.
+    """
+    norms = np.einsum("ij,ij->i", patches, patches)
+    chosen = [0]
+    bounds = norms + norms[0] - 2 * patches @ patches[0]
+    while len(chosen) < size:
+        if len(patches) > block:
+            order = np.argpartition(-bounds, block)
+            rows, outside = np.sort(order[:block]), bounds[order[block]]
+        else:
+            rows, outside = np.arange(len(patches)), -np.inf
+        inside, inside_norms, squared = patches[rows], norms[rows], bounds[rows]
+        first_new = len(chosen)
+        while len(chosen) < size:
+            farthest = np.argmax(squared)
+            if squared[farthest] < outside:
+                break
+            chosen.append(rows[farthest])
+            products = inside @ inside[farthest]
+            update = inside_norms + inside_norms[farthest] - 2 * products
+            squared = np.minimum(squared, update)
+        new = chosen[first_new:]
+        for start in range(0, len(patches), block):  # in blocks, which stay in the cache
+            rows = slice(start, start + block)
+            squared = norms[rows, None] + norms[new] - 2 * patches[rows] @ patches[new].T
+            bounds[rows] = np.minimum(bounds[rows], squared.min(axis=1))
+    return np.array(chosen)
+
+
+@partial(jax.jit, static_argnames="grid")
+def _distances_by_weight(
+    bank: PatchBank, good: Array, defective: Array, weights: Array, *, grid: PatchGrid
+) -> tuple[Array, Array, Array]:
+    """Returns distances for each weight of the position: [n, weights, patches], three of them.
+
+    Of good images; of good images as if their patches lay an eighth of the image further down and
+    to the right; of defective images. Two matrix products an image serve all weights.
+    """
+
+    def squared_distances(x: Array) -> Array:
+        code, rest = _project(bank, x.reshape(-1, x.shape[-1]))
+        codes = bank.patches[:, :-2]
+        norms = (jnp.sum(code**2, axis=-1) + rest)[:, None] + jnp.sum(codes**2, axis=-1)
+        return norms - 2 * _exact_matmul(code, codes.T)  # [patches, size]
+
+    def squared_offsets(positions: Array) -> Array:
+        scaled = bank.position_scale * positions.reshape(-1, 1, 2)
+        return jnp.sum((scaled - bank.patches[:, -2:]) ** 2, axis=-1)
+
+    def distances_of_pair(pair: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        (x, positions), (y, _) = (embed_patches(image[None], grid) for image in pair)
+        usual, unusual = squared_distances(x), squared_distances(y)
+        shift = -(-positions.shape[0] // 8)
+        offsets = squared_offsets(positions)
+        moved_offsets = squared_offsets(jnp.roll(positions, (-shift, -shift), axis=(0, 1)))
+
+        def nearest(weight: Array) -> tuple[Array, Array, Array]:
+            pairs = ((usual, offsets), (usual, moved_offsets), (unusual, offsets))
+            squared = (jnp.min(a + weight**2 * b, axis=-1) for a, b in pairs)
+            return tuple(jnp.sqrt(jnp.maximum(x, 0.0)) for x in squared)
+
+        return jax.lax.map(nearest, weights)
+
+    return jax.lax.map(distances_of_pair, (good, defective))
+
+
+def select_position_weight(
+    bank: PatchBank,
+    good: np.ndarray,
+    defective: np.ndarray,
+    masks: np.ndarray,
+    *,
+    weights: Sequence[float],
+    grid: PatchGrid,
+) -> float:
+    """Returns the weight of the position: large where all parts lie alike, else small.
+
+    It is the weight with the largest product of two average precisions of the distances: of
+    synthetic defects, and of good patches that are moved by an eighth of the image.
+
+    Args:
+      bank: with positions of weight 1.
+      good: good images that are not in the bank, float [n, h, w, c] in [0, 1].
+      defective: the same with synthetic defects.
+      masks: their defect masks, [n, h, w].
+      weights: to choose from.
+      grid: of the patches.
+    """
+    from sklearn.metrics import average_precision_score  # prediction does without scikit-learn
+
+    by_weight = _distances_by_weight(
+        bank, good, defective, jnp.array(weights, jnp.float32), grid=grid
+    )
+    usual, moved, unusual = (np.asarray(x) for x in by_weight)  # [n, weights, patches]
+    n, h, w = masks.shape
+    cell = 2 * grid.stride
+    share = masks.reshape(n, h // cell, cell, w // cell, cell).mean(axis=(2, 4)).reshape(n, -1)
+    labels, counted = (share >= 0.25).ravel(), ((share == 0) | (share >= 0.25)).ravel()
+    is_moved = np.repeat([False, True], usual[:, 0].size)
+
+    def score(i: int) -> float:
+        both = np.concatenate([usual[:, i].ravel(), moved[:, i].ravel()])
+        defects = average_precision_score(labels[counted], unusual[:, i].ravel()[counted])
+        return defects * average_precision_score(is_moved, both)
+
+    return float(weights[int(np.argmax([score(i) for i in range(len(weights))]))])
+
+
+_jitted_distances = jax.jit(distances, static_argnames="grid")
+_jitted_halve = jax.jit(halve)
+
+
+def build(
+    images: np.ndarray,
+    image_ids: np.ndarray,
+    *,
+    seed: int,
+    options: Mapping[str, Any],
+    coords: bool,
+    make_examples: Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]],
+) -> MemoryBank:
+    """Builds the memory bank of good images; the same on all processes.
+
+    Args:
+      images: good images that are trained on, uint8 [n, h, w, 3].
+      image_ids: int32 [n].
+      seed: of the split and of the candidates.
+      options: `config.memory_bank`.
+      coords: the position of a patch counts.
+      make_examples: images and ids to training examples, `good`, `defective` (float in [0, 1]) and
+        `masks`: what the position's weight is selected by.
+    """
+    grid = PatchGrid(options["patch"], options["stride"])
+    in_bank, in_calibration = split_bank_images(
+        image_ids, num_images=options["num_bank_images"], seed=seed
+    )
+    calibration = np.asarray(images[in_calibration], np.float32) / 255
+    weight = None  # the same at both scales
+    scales = []
+    for halvings in (0, 1):
+        rng = np.random.default_rng([seed, 0, 3 + halvings])
+        bank, candidates = _random_bank(
+            rng, images[in_bank], image_ids[in_bank], options, coords=coords, halvings=halvings
+        )
+        if weight is None:
+            weight = 0.0
+            if coords:
+                examples = make_examples(images[in_calibration], image_ids[in_calibration])
+                names = ("good", "defective", "masks")
+                weight = select_position_weight(
+                    bank,
+                    *(examples[name] for name in names),
+                    weights=options["position_weights"],
+                    grid=grid,
+                )
+        patches, patch_image_ids = candidates
+        patches[:, -2:] *= weight
+        with threadpool_limits(1):  # thousands of small products: threads would wait for each other
+            chosen = k_center_greedy(patches, options["size"])
+        bank = bank.replace(
+            patches=patches[chosen],
+            patch_image_ids=patch_image_ids[chosen],
+            position_scale=np.float32(weight * bank.position_scale),
+        )
+        scaled = _jitted_halve(calibration) if halvings else calibration
+        one_image = len(np.unique(image_ids)) == 1
+        scales.append(_calibrate(bank, None if one_image else scaled, grid=grid))
+    return MemoryBank(fine=scales[0], coarse=scales[1])
+
+
+def _random_bank(
+    rng: np.random.Generator,
+    images: np.ndarray,
+    image_ids: np.ndarray,
+    options: Mapping[str, Any],
+    *,
+    coords: bool,
+    halvings: int,
+) -> tuple[PatchBank, tuple[np.ndarray, np.ndarray]]:
+    """Returns a bank of random patches, and the candidates for a coreset: patches, image ids.
+
+    Positions count with weight 1: as much as all of a descriptor varies.
+    """
+    size, cell = options["size"], 2 * options["stride"] * 2**halvings
+    num_patches = (images.shape[1] // cell) * (images.shape[2] // cell)
+    each = min(num_patches, -(-size * options["candidates_per_patch"] // len(images)))
+    positions = np.tile(np.arange(num_patches, dtype=np.int32), (len(images), 1))
+    mean, basis, variance, codes, positions = map(
+        np.asarray,
+        _embed_candidates(
+            images,
+            rng.permuted(positions, axis=1)[:, :each],
+            grid=PatchGrid(options["patch"], options["stride"]),
+            components=options["components"],
+            halvings=halvings,
+        ),
+    )
+    position_scale = np.float32(coords * np.sqrt(variance))
+    patches = np.concatenate([codes, position_scale * positions], axis=-1)
+    patch_image_ids = np.repeat(image_ids, each)
+    drawn = rng.permutation(len(patches))[np.arange(size) % len(patches)]
+    bank = PatchBank(
+        mean=mean,
+        basis=basis,
+        patches=patches[drawn],
+        patch_image_ids=patch_image_ids[drawn],
+        position_scale=position_scale,
+        distance_mean=np.float32(0),
+        distance_std=np.float32(1),
+    )
+    return bank, (patches, patch_image_ids)
+
+
+def _calibrate(bank: PatchBank, images: Array | None, *, grid: PatchGrid) -> PatchBank:
+    """Returns the bank with mean and standard deviation of the distances of images not in it.
+
+    With None, because there are no others, of the bank's patches to each other (leave-one-out).
+    """
+    if images is not None:
+        nearest = np.asarray(_jitted_distances(bank, images, grid=grid))
+    else:
+        patches = np.unique(bank.patches, axis=0).astype(np.float64)
+        norms = np.sum(patches**2, axis=-1)
+        squared = norms[:, None] + norms - 2 * patches @ patches.T
+        np.fill_diagonal(squared, np.inf if len(patches) > 1 else 0)
+        nearest = np.sqrt(np.maximum(squared.min(axis=-1), 0))
+    return bank.replace(
+        distance_mean=np.float32(nearest.mean()), distance_std=np.float32(nearest.std())
+    )

@@ -1,0 +1,99 @@
+"""Thresholds of anomaly maps and image-level scores from good images alone."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+def first_allowed(counts: np.ndarray, false_positive_rate: float) -> int:
+    """Returns the first index that at most this share is at or above; len(counts) when none is."""
+    share = np.cumsum(counts[::-1])[::-1] / counts.sum()
+    return int(np.count_nonzero(share > false_positive_rate))
+
+
+def check_rate(false_positive_rate: float) -> None:
+    """Raises ValueError unless the rate is in [0, 1]."""
+    if not 0 <= false_positive_rate <= 1:
+        raise ValueError(f"false_positive_rate must be in [0, 1], got {false_positive_rate}")
+
+
+def threshold_from_good(scores: np.ndarray, false_positive_rate: float) -> float | None:
+    """Returns the lowest score of good parts that at most a given share of them reaches.
+
+    Args:
+        scores: float array of any shape: scores of good images, or of their pixels.
+        false_positive_rate: the share in [0, 1] of `scores` that may be at or above the threshold.
+            When ties at the highest score, or a rate of 0, allow no score: the next float above it.
+
+    Returns:
+        The threshold, for `score >= threshold`; None without scores or when one is not finite.
+
+    Raises:
+        ValueError: false_positive_rate is not in [0, 1].
+    """
+    check_rate(false_positive_rate)
+    scores = np.asarray(scores)
+    if not scores.size or not np.isfinite(scores).all():
+        return None
+    values, counts = np.unique(scores, return_counts=True)
+    values = np.append(values, np.nextafter(values[-1], np.array(np.inf, values.dtype)))
+    return float(values[first_allowed(counts, false_positive_rate)])
+
+
+def thresholds_from_good(
+    maps: np.ndarray, scores: np.ndarray, *, pixel_rate: float, image_rate: float
+) -> dict[str, dict[str, Any]]:
+    """Makes thresholds from good images that were held out: no defect is needed.
+
+    Args:
+      maps: anomaly maps of the held-out images, float [n, h, w]; n may be 0.
+      scores: their image-level scores, float [n].
+      pixel_rate: share of good pixels that may be at or above the pixel threshold.
+      image_rate: share of good images that may be at or above the image threshold.
+
+    Returns:
+      For "pixel" and "image": `threshold` (`score >= threshold` is defective; None where there are
+      no images), `held_out_rate` (what was asked for), `images` and, in words, `how`.
+    """
+    thresholds = {}
+    for name, values, rate in (("pixel", maps, pixel_rate), ("image", scores, image_rate)):
+        count = len(values)
+        how = f"at most {rate:.2%} of the {name}s of {count} good images that were held out"
+        if not count:
+            how = "none: too few good images to hold any out (held_out)"
+        elif name == "image" and count * rate < 1:
+            how += f": above all of them, as {count} images cannot tell a rate of {rate:.2%}"
+        thresholds[name] = {
+            "threshold": threshold_from_good(values, rate),
+            "held_out_rate": rate,
+            "images": count,
+            "how": how,
+        }
+    return thresholds
+
+
+def calibrate(
+    predict: Callable[[np.ndarray], tuple[np.ndarray, ...]],
+    images: np.ndarray,
+    config: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Returns the thresholds of a model (`thresholds_from_good`).
+
+    Args:
+      predict: uint8 images [b, h, w, 3] to maps, scores and possibly more.
+      images: good images that were held out, uint8 [n, h, w, 3].
+      config: the options `image_size` and `evaluate`.
+    """
+    maps, scores = [np.zeros((0, *config["image_size"]))], [np.zeros(0)]
+    options = config["evaluate"]
+    for start in range(0, len(images), options["batch_size"]):
+        batch_maps, batch_scores, *_ = predict(images[start : start + options["batch_size"]])
+        maps.append(batch_maps)
+        scores.append(batch_scores)
+    return thresholds_from_good(
+        np.concatenate(maps),
+        np.concatenate(scores),
+        pixel_rate=options["pixel_false_positive_rate"],
+        image_rate=options["image_false_positive_rate"],
+    )

@@ -1,0 +1,51 @@
+"""Says what the program is doing while the user waits."""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+# Seconds until a wait is announced, and between two signs of life where there is no terminal.
+ANNOUNCE_AFTER = 1.0
+REPEAT_AFTER = 10.0
+
+
+@contextlib.contextmanager
+def waiting(what: str, duration: str) -> Iterator[None]:
+    """Announces what is done in the `with` block if it takes longer than a second.
+
+    In a terminal a clock counts; elsewhere there is a line at the start, every ten seconds and at
+    the end. A thread of its own writes: the block may be in a compiler that does not return to
+    Python.
+
+    Args:
+      what: for example "compiling the training step".
+      duration: how long it takes, for example "about 30 s, once".
+    """
+    began, done = time.monotonic(), threading.Event()
+    terminal = sys.stderr.isatty()
+
+    def say(text: str, end: str) -> None:
+        print(text, end=end, file=sys.stderr, flush=True)
+
+    def announce() -> None:
+        if done.wait(ANNOUNCE_AFTER):
+            return
+        say(f"{what} ({duration}) ...", "" if terminal else "\n")
+        while not done.wait(1.0 if terminal else REPEAT_AFTER):
+            seconds = time.monotonic() - began
+            clock = (
+                f"{what} ({duration}) ... {seconds:.0f} s" if terminal else f"... {seconds:.0f} s"
+            )
+            say(f"\r{clock}" if terminal else clock, "" if terminal else "\n")
+        seconds = time.monotonic() - began
+        say(("\r\033[K" if terminal else "") + f"{what}: {seconds:.0f} s", "\n")
+
+    thread = threading.Thread(target=announce, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
