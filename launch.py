@@ -124,7 +124,8 @@ def main(argv):
     except UsageError as error:
         code = complain(error)
     except OSError as error:
-        code = complain(f"{error}. Checkpoints in {FLAGS.workdir} are kept: run again to resume")
+        kept = f". Checkpoints in {FLAGS.workdir} are kept: run again to resume"
+        code = complain(f"{error}{kept if FLAGS.mode == 'train' else ''}")
     except Exception as error:
         if not distributed.is_distributed():
             raise

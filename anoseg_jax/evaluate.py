@@ -2,10 +2,8 @@
 
 import csv
 import hashlib
-import importlib.metadata
 import io
 import json
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +17,7 @@ from PIL import Image
 from anoseg_jax import baselines, metrics
 from anoseg_jax.deploy.predictor import DetectorPredictor, Predictor
 from anoseg_jax.method import predict
+from anoseg_jax.running import versions
 from anoseg_jax.running.files import write_bytes, write_text
 
 # The columns of results.md and what their mean is taken of.
@@ -28,7 +27,6 @@ IMAGE_SCORES = ("map", "detector")  # what `config.evaluate.image_score` may nam
 CURVE_POINTS = 200
 # Distinct scores up to which the pixel metrics are exact: 512 maps of 256x256, 400 MB.
 MAX_SCORES = 2**25
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn")
 
 
 @dataclass
@@ -402,12 +400,6 @@ def mean_of(categories: dict[str, dict[str, Any]]) -> dict[str, float | None]:
     return {name: float(np.mean(found)) if found else None for name, found in values.items()}
 
 
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that the numbers depend on."""
-    found = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return {"python": platform.python_version()} | found
-
-
 def as_markdown(results: dict[str, Any]) -> str:
     """Returns results.json's content as a table, one row a category, then the mean."""
     rows = [("category", *METRICS, "train seconds")]
@@ -504,7 +496,7 @@ def write_category(folder: Path, results: dict[str, Any], *, config: str, comman
         "results": results,
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
         "command": command,
-        "versions": versions(),
+        "versions": versions.versions(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -20,10 +20,17 @@ from anoseg_jax.running import checkpoint, distributed, loop, train_log
 Splits = tuple[Any, Any]  # (train, test): tf.data sets, see input_pipeline.load_arrays
 
 
+def load_train_images(train_split: Any, image_size: tuple[int, int]) -> np.ndarray:
+    """Returns all good images, uint8 [n, h, w, 3], sorted by name: TFDS has an order of its own."""
+    arrays = input_pipeline.load_arrays(train_split, image_size)
+    return arrays["image"][np.argsort(arrays["name"], kind="stable")]
+
+
 def trained_on(config: Mapping[str, Any], train_split: Any) -> np.ndarray:
     """Returns the good images that a model with these options is trained on, uint8 [n, h, w, 3]."""
-    images = input_pipeline.load_arrays(train_split, config["image_size"])["image"]
-    kept, _ = batches.hold_out(len(images), fraction=config["held_out"], seed=config["seed"])
+    images = load_train_images(train_split, config["image_size"])
+    image_ids = batches.assign_image_ids(images)
+    kept, _ = batches.hold_out(image_ids, fraction=config["held_out"], seed=config["seed"])
     return images[kept]
 
 
@@ -73,7 +80,7 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
         return run_maps(config, folder, splits)
     first = distributed.is_main_process()
     if training:
-        images = input_pipeline.load_arrays(splits[0], config.image_size)["image"]
+        images = load_train_images(splits[0], config.image_size)
         how = {"make_batches": input_pipeline.train_batches}
         writer = train_log.create_writer(folder) if first else None
         train.fit(config, images, folder, writer=writer, **how)
@@ -116,9 +123,10 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
 
 def export_replay(config: ConfigDict, workdir: Path, splits: Mapping[str, Splits]) -> None:
     """Trains `config.num_steps` steps a category and writes them (replay.export) to its replay/."""
+    options.use_compilation_cache(config.compilation_cache)
     for name, (train_split, _) in splits.items():
         of_category = options.of_category(config, name)
-        images = input_pipeline.load_arrays(train_split, of_category.image_size)["image"]
+        images = load_train_images(train_split, of_category.image_size)
         folder = workdir / name / "replay"
         replay.export(of_category, images, folder)
         print(f"{name}: {of_category.num_steps} steps in {folder}")

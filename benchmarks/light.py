@@ -44,7 +44,9 @@ def main(_):
         config = options.of_category(CONFIG.value, category)
         predictor = Predictor(Path(WORKDIR.value) / category)
         images = input_pipeline.load_arrays(train_split, config.image_size)["image"]
-        kept, held_out = batches.hold_out(len(images), fraction=config.held_out, seed=config.seed)
+        kept, held_out = batches.hold_out(
+            batches.assign_image_ids(images), fraction=config.held_out, seed=config.seed
+        )
         test = input_pipeline.load_arrays(test_split, config.image_size)
 
         def pca_patches(x, train=images[kept], fraction=config.evaluate.top_fraction):

@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     # In steps. What a kill can cost at most.
     config.checkpoint_every = 1_000
     config.log_every = 50
-    # A category folder of another workdir: its checkpoint is continued when this workdir has none.
+    # A category folder of another workdir: resume from its checkpoint if this workdir has none.
     config.resume = ""
     # Adam's; falls to zero along half a cosine.
     config.learning_rate = 1e-3
@@ -94,8 +94,8 @@ def get_config() -> ConfigDict:
     # Weights of the distances in the logits of the predicted map: half size, quarter size.
     config.memory_bank.distance_weights = (0.5, 0.25)
 
-    # Losses (losses.py). A weight of zero switches a loss off; without both the adversarial and the
-    # reconstruction loss (an ablation) the generator draws the map from the image alone.
+    # Losses (losses.py). A weight of zero switches the adversarial or the reconstruction loss off.
+    # Without both (an ablation) the generator predicts the map from the image alone.
     config.loss = ConfigDict()
     config.loss.segmentation = "focal"  # or "l1", "bce"
     config.loss.adversarial = "bce"  # or "hinge"
@@ -204,7 +204,7 @@ def get_config() -> ConfigDict:
     # what this share of the held-out images reaches.
     config.evaluate.pixel_false_positive_rate = 0.001
     config.evaluate.image_false_positive_rate = 0.05
-    # Thresholds of one's own in place of those from held-out images, from 0 to 1.
+    # Your own thresholds instead of those from held-out images, from 0 to 1.
     config.evaluate.pixel_threshold = config_dict.placeholder(float)
     config.evaluate.image_threshold = config_dict.placeholder(float)
     # Pixel metrics at the size of the mask files, maps enlarged to it, instead of image_size.

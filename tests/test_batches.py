@@ -49,17 +49,19 @@ def test_an_image_keeps_its_id_and_processes_share_a_batch():
 
 
 def test_held_out_images_are_not_trained_on_and_depend_on_seed_and_number_alone():
-    kept, held_out = batches.hold_out(25, fraction=0.2, seed=3)
+    kept, held_out = batches.hold_out(np.arange(25), fraction=0.2, seed=3)
     assert len(held_out) == 5
     assert sorted([*kept, *held_out]) == list(range(25))
     assert sorted(kept) == list(kept) and sorted(held_out) == list(held_out)
-    np.testing.assert_array_equal(held_out, batches.hold_out(25, fraction=0.2, seed=3)[1])
-    assert not np.array_equal(held_out, batches.hold_out(25, fraction=0.2, seed=4)[1])
+    np.testing.assert_array_equal(
+        held_out, batches.hold_out(np.arange(25), fraction=0.2, seed=3)[1]
+    )
+    assert not np.array_equal(held_out, batches.hold_out(np.arange(25), fraction=0.2, seed=4)[1])
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(1, 0.9), (9, 0.1), (5, 0.0)])
 def test_with_too_few_images_none_is_held_out(count, fraction):
-    kept, held_out = batches.hold_out(count, fraction=fraction, seed=0)
+    kept, held_out = batches.hold_out(np.arange(count), fraction=fraction, seed=0)
     assert kept.tolist() == list(range(count)) and not held_out.size
 
 
@@ -67,3 +69,10 @@ def test_a_single_image_fills_a_batch():
     images = np.full((1, 2, 2, 3), 9, np.uint8)
     (batch,) = next(train_batches({"image": images}, 0, batch_size=4)).values()
     assert batch.shape == (4, 2, 2, 3) and (batch == 9).all()
+
+
+def test_equal_images_are_held_out_together():
+    image_ids = np.array([0, 1, 2, 3, 4, 2, 0, 4])
+    for seed in range(20):
+        kept, held_out = batches.hold_out(image_ids, fraction=0.5, seed=seed)
+        assert len(held_out) and not set(image_ids[kept]) & set(image_ids[held_out])

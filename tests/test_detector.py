@@ -17,7 +17,7 @@ from anoseg_jax.running import checkpoint, loop
 from configs import test as test_config
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
-KEPT, HELD_OUT = batches.hold_out(len(IMAGES), fraction=0.4, seed=0)
+KEPT, HELD_OUT = batches.hold_out(np.arange(len(IMAGES)), fraction=0.4, seed=0)
 
 
 def make_config(**changes):
@@ -233,3 +233,8 @@ def test_results_have_both_scores_and_those_that_are_asked_for_on_top(predictor,
     assert "| image_auroc of | map | detector |" in (tmp_path / "results.md").read_text()
     header = (tmp_path / "images.csv").read_text().splitlines()[0]
     assert header == "name,defect_type,label,has_mask,score,score_map,score_detector,iou"
+
+
+def test_other_images_than_the_generators_are_refused(folder):
+    with pytest.raises(detector.DetectorError, match="generator was trained on other images"):
+        detector.fit(make_config(), IMAGES[::-1].copy(), folder)

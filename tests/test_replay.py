@@ -75,7 +75,7 @@ def test_a_replay_has_the_losses_weights_and_bank_of_fit(folder, tmp_path):
 def test_batches_are_those_of_training_with_image_ids_and_distances(folder):
     config = make_config()
     image_ids = batches.assign_image_ids(IMAGES)
-    kept, _ = batches.hold_out(len(IMAGES), fraction=config.held_out, seed=config.seed)
+    kept, _ = batches.hold_out(image_ids, fraction=config.held_out, seed=config.seed)
     expected = batches.train_batches(
         {"image": IMAGES[kept], "image_id": image_ids[kept]},
         0,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from anoseg_jax import evaluate, experiment, shards
+from anoseg_jax.running import versions
 from configs import test as test_config
 from data import sources
 from data.synthetic_ad import synthetic_ad_dataset_builder as synthetic
@@ -98,7 +99,7 @@ def test_what_is_missing_and_what_differs_is_named(run, tmp_path):
 
 def test_jobs_on_other_machines_are_both_named(tmp_path, monkeypatch):
     for name, version in (("screw", "3.11"), ("tile", "3.12")):
-        monkeypatch.setattr(evaluate, "versions", lambda v=version: {"python": v, "jax": "0.10"})
+        monkeypatch.setattr(versions, "versions", lambda v=version: {"python": v, "jax": "0.10"})
         results = {**dict.fromkeys(evaluate.METRICS, 0.5), "not_available": {}}
         evaluate.write_category(tmp_path / name, results, config="{}", command="c")
     evaluate.assemble(tmp_path, ["screw", "tile"])

@@ -34,7 +34,8 @@ class DetectorPredictor:
         params = {"detector": state["ema"], "discriminator": state["discriminator"]}
         self._params = predict.replicate(params)
         self._detect = predict.sharded_detect_fn(
-            *models.create_detector(self.config["model"], self.config["detector"]), batch_size
+            *models.create_detector(self.config["model"], self.config["detector"]),
+            batch_size or self.config["evaluate"]["batch_size"],
         )
 
     def __call__(self, images: np.ndarray, maps: np.ndarray) -> np.ndarray:
@@ -51,6 +52,7 @@ class Predictor:
       weights_sha256: hash of the averaged weights and the memory bank.
       step: the training step of the checkpoint.
       image_size: height and width of the images that it takes.
+      batch_size: the largest number of images that are computed at once.
       detector: the image-level detector, `detector(images, maps) -> scores`; None if not asked for.
     """
 
@@ -68,8 +70,8 @@ class Predictor:
           category_dir: the folder of a trained category.
           top_fraction: in place of that of the checkpoint's options (see `predict.predict_fn`); the
             recorded image threshold does not hold for another one.
-          batch_size: the largest number of images that are computed at once; one program serves all
-            smaller batches.
+          batch_size: the largest number of images that are computed at once, by default that of the
+            checkpoint's options; one program serves all smaller batches.
           detector: also loads the image-level detector.
         """
         folder = epath.Path(category_dir)
@@ -84,6 +86,7 @@ class Predictor:
         bank = memory_bank.from_dicts(state["memory_bank"])
         self.weights_sha256 = checkpoint.arrays_sha256((state["ema"], bank))
         self._variables = predict.replicate({"params": state["ema"], "memory_bank": bank})
+        self.batch_size = batch_size or self.config["evaluate"]["batch_size"]
         generator, _ = models.create(self.config["model"], self.config["loss"])
         self._predict = predict.sharded_predict_fn(
             generator, self.config, batch_size=batch_size, top_fraction=top_fraction
@@ -106,4 +109,10 @@ class Predictor:
                 f"images must be uint8 [b, {', '.join(map(str, expected))}], the size that the "
                 f"model was trained at; got {images.dtype} {list(images.shape)}"
             )
-        return self._predict(self._variables, images, outputs=3 if reconstructions else 2)
+        outputs = 3 if reconstructions else 2
+        starts = range(0, max(1, len(images)), self.batch_size)
+        chunks = [
+            self._predict(self._variables, images[i : i + self.batch_size], outputs=outputs)
+            for i in starts
+        ]
+        return tuple(np.concatenate(results) for results in zip(*chunks, strict=True))

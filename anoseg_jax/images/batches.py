@@ -4,6 +4,7 @@ Needs no TensorFlow. The order is a function of (seed, step), so that a resumed 
 that an uninterrupted run sees.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -12,22 +13,23 @@ import numpy as np
 def assign_image_ids(images: np.ndarray) -> np.ndarray:
     """Returns each image's position in the list, int32 [n]; equal images share the first one's."""
     positions: dict[bytes, int] = {}
-    return np.array(
-        [positions.setdefault(image.tobytes(), index) for index, image in enumerate(images)],
-        np.int32,
-    )
+    hashes = (hashlib.sha256(np.ascontiguousarray(image)).digest() for image in images)
+    ids = [positions.setdefault(digest, index) for index, digest in enumerate(hashes)]
+    return np.array(ids, np.int32)
 
 
-def hold_out(count: int, *, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(image_ids: np.ndarray, *, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the positions of the images to train on, and of those to make thresholds from.
 
-    The fraction is rounded down, and at least one image is left to train on. The split depends on
-    the seed and on the number of images only.
+    The fraction is rounded down, and at least one image is left to train on. Equal images, which
+    share an id, are on the same side. The split depends on the seed and the ids only.
     """
-    held_out = min(int(fraction * count), count - 1)
+    unique = np.unique(image_ids)
+    count = min(int(fraction * len(unique)), len(unique) - 1)
     # A random stream of its own: not the one that shuffles the first epoch.
-    order = np.random.default_rng([seed, 0, 1]).permutation(count)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    order = np.random.default_rng([seed, 0, 1]).permutation(len(unique))
+    is_held_out = np.isin(image_ids, unique[order[: max(count, 0)]])
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 def batch_order(*, count: int, batch_size: int, seed: int, step: int) -> np.ndarray:

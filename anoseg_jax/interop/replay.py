@@ -14,12 +14,11 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 from ml_collections import ConfigDict
 
-from anoseg_jax import evaluate
 from anoseg_jax.images import batches
 from anoseg_jax.interop import torch_weights
 from anoseg_jax.method import train, train_state
 from anoseg_jax.method.train_state import StaticOptions, TrainState
-from anoseg_jax.running import files
+from anoseg_jax.running import files, versions
 
 FORMAT = "anoseg_jax replay 2"
 PLAYERS = ("generator", "discriminator")
@@ -159,7 +158,7 @@ def export(config: ConfigDict, images: np.ndarray, folder: Path) -> None:
     static, options = train_state.split_options(config)
     init_key, step_key = train_state.seed_keys(config.seed)
     image_ids = batches.assign_image_ids(images)
-    kept, _ = batches.hold_out(len(images), fraction=config.held_out, seed=config.seed)
+    kept, _ = batches.hold_out(image_ids, fraction=config.held_out, seed=config.seed)
     arrays = {"image": images[kept], "image_id": image_ids[kept]}
     create = train_state.jit_once(train_state.create_state, "static", "image_size")
     state = create(init_key, options, static=static, image_size=tuple(config.image_size))
@@ -200,7 +199,7 @@ def export(config: ConfigDict, images: np.ndarray, folder: Path) -> None:
         "in_words": in_words(config),
         "steps": steps,
         "config": metadata["config"],
-        "versions": evaluate.versions(),
+        "versions": versions.versions(),
         "device": jax.local_devices()[0].device_kind,
     }
     files.write_text(folder / "replay.json", json.dumps(replay, indent=2) + "\n")

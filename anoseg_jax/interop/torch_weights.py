@@ -205,7 +205,7 @@ def import_checkpoint(path: Path, folder: Path) -> None:
     state = state.replace(**weights, discriminator=params["discriminator"])
     with checkpoint.open_manager(folder / "checkpoints") as manager:
         checkpoint.save(manager, state, step, config=metadata["config"], record=record)
-    (folder / "config.json").write_text(config.to_json(indent=2) + "\n")
+    files.write_text(folder / "config.json", config.to_json(indent=2) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Training of the image-level detector: the second stage, for a generator that is trained."""
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -169,7 +170,7 @@ def train_step(
     static: StaticOptions,
     axis_name: str | None = "batch",
 ) -> tuple[DetectorState, dict[str, Array]]:
-    """One step of the detector and its discriminator on good images; pure.
+    """Returns the state after one step of detector and discriminator, and its metrics; pure.
 
     The arguments are those of `train.train_step`; `options` also has the generator's `params` and
     `memory_bank`, which do not change.
@@ -268,6 +269,22 @@ def check_generator(record: Mapping[str, Any], generator_sha256: str, folder: Pa
         )
 
 
+def check_images(
+    saved: checkpoint.Saved, images: np.ndarray, config: ConfigDict, folder: str | Path
+) -> None:
+    """Raises DetectorError unless a generator's checkpoint is of these images, seed, `held_out`.
+
+    With others, image ids would name other images, and held-out images could be in the bank.
+    """
+    images_sha256 = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
+    now = (images_sha256, config.seed, config.held_out)
+    then = (saved.record.get("images_sha256"), saved.config["seed"], saved.config["held_out"])
+    if now != then:
+        raise DetectorError(
+            f"{folder}: the generator was trained on other images, or with another seed or held_out"
+        )
+
+
 def generator_sha256(params: Any, bank: Any) -> str:
     """Returns the hash of the generator that a detector is trained for: averaged weights, bank."""
     return checkpoint.arrays_sha256((params, bank))
@@ -327,32 +344,43 @@ def fit(
     detector_config, size = detector_options(config), tuple(config.image_size)
     static, options = split_options(config)
     init_key, step_key = seed_keys(config.seed)
-    kept, held_out = batches.hold_out(len(images), fraction=config.held_out, seed=config.seed)
     image_ids = batches.assign_image_ids(images)
+    kept, held_out = batches.hold_out(image_ids, fraction=config.held_out, seed=config.seed)
     arrays = {"image": images[kept], "image_id": image_ids[kept]}
 
-    generator = checkpoint.restore_newest(Path(category_dir) / "checkpoints").state
+    saved = checkpoint.restore_newest(Path(category_dir) / "checkpoints")
+    check_images(saved, images, config, category_dir)
+    generator = saved.state
     bank = memory_bank.from_dicts(generator["memory_bank"])
     sha256 = generator_sha256(generator["ema"], bank)
     variables = {"params": generator["ema"], "memory_bank": bank}
     folder = Path(category_dir) / "detector"
     folder.mkdir(exist_ok=True)
-    saved = checkpoint.read_record(folder / "checkpoints")
-    if saved is not None:
-        check_generator(saved, sha256, folder)
-
     with checkpoint.open_manager(folder / "checkpoints") as manager:
         shapes = template(config)
-        saved = loop.restore(manager, detector_config, shapes, {"generator_sha256": sha256})
+        saved = loop.restore(
+            manager,
+            detector_config,
+            shapes,
+            check_record=lambda record: check_generator(record, sha256, folder),
+        )
+        if saved is not None and saved.step >= detector_config.num_steps:
+            return saved.state
+        step_fn = loop.compile_ahead(
+            parallel_train_step(static),
+            shapes,
+            arrays,
+            config.batch_size,
+            step_key,
+            options | variables,
+        )
         if saved is None:
-            with progress.waiting("creating the detector", "about 5 s"):
+            with progress.waiting("creating the detector", "usually a few seconds"):
                 create = train_state.jit_once(create_state, "static", "image_size")
                 state = create(init_key, options, static=static, image_size=size)
             record = {"train_seconds": 0.0}
         else:
             state, record = saved.state, saved.record
-        if int(state.step) >= detector_config.num_steps:
-            return state
         record |= {"generator_sha256": sha256}
         record["parameters"] = sum(x.size for x in jax.tree.leaves(state.detector))
         record["flops_per_image"] = flops_per_image(static, shapes, size)
@@ -362,7 +390,7 @@ def fit(
             manager,
             state,
             record,
-            step_fn=parallel_train_step(static),
+            step_fn=step_fn,
             arrays=arrays,
             make_batches=make_batches,
             key=step_key,

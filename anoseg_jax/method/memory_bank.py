@@ -6,7 +6,7 @@ like it. Images are float [b, h, w, 3] in [0, 1] unless stated otherwise. An ima
 position in the sorted list of all good training images (`images.batches`): in training the
 distances are leave-one-out, because an image has no unusual patches where it is in the bank itself.
 
-The bank is built once a run, on the host where that is faster than compiling a program for it.
+The bank is built once a run, on the host where that is faster than compiling.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +20,7 @@ import numpy as np
 from jax import Array
 from threadpoolctl import threadpool_limits
 
-# Standardized distances are clipped to this range: one patch must not outweigh all others.
-CLIP = (-3.0, 10.0)
+CLIP = (-3.0, 10.0)  # of standardized distances: one patch must not outweigh all others
 # Differences of large numbers: products in float32, also where the default is TF32 or bfloat16.
 _exact_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -70,7 +69,7 @@ class MemoryBank:
 
 
 def from_dicts(saved: Mapping[str, Any] | None) -> MemoryBank | None:
-    """Returns the bank of a checkpoint that was restored as nested dicts; None if it has none."""
+    """Returns the bank of a checkpoint's nested dicts; None if it has none."""
     return saved and MemoryBank(**{scale: PatchBank(**saved[scale]) for scale in saved})
 
 
@@ -167,9 +166,9 @@ def split_bank_images(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits images into those of the bank and those that calibrate it; returns their positions.
 
-    The split is drawn from the seed, and equal images are on the same side. Only then are they
-    repeated or thinned out to fixed counts, three quarters and one quarter of `num_images`, so that
-    one compiled program serves every category. One image alone is on both sides.
+    The seed draws the split. Equal images are on one side, a single image is on both. Then they are
+    repeated or thinned out to fixed counts, three quarters and one quarter of `num_images`: one
+    compiled program serves every category.
     """
     unique = np.unique(image_ids, return_index=True)[1]
     order = np.random.default_rng([seed, 0, 2]).permutation(unique)
@@ -200,7 +199,6 @@ def _embed_candidates(
         x, positions = embed_patches(image, grid)
         return x.reshape(-1, x.shape[-1])[index], positions.reshape(-1, 2)[index]
 
-    # Image by image: all patches of all images would take gigabytes.
     x, positions = jax.lax.map(embed_chosen, (images, chosen))
     x, positions = (a.reshape(-1, a.shape[-1]) for a in (x, positions))
     mean = jnp.mean(x, axis=0)
@@ -272,9 +270,9 @@ def _distances_by_weight(
     def distances_of_pair(pair: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         (x, positions), (y, _) = (embed_patches(image[None], grid) for image in pair)
         usual, unusual = squared_distances(x), squared_distances(y)
-        shift = -(-positions.shape[0] // 8)
+        shifts = [-(n // 8 or 1) for n in positions.shape[:2]]
         offsets = squared_offsets(positions)
-        moved_offsets = squared_offsets(jnp.roll(positions, (-shift, -shift), axis=(0, 1)))
+        moved_offsets = squared_offsets(jnp.roll(positions, shifts, axis=(0, 1)))
 
         def nearest(weight: Array) -> tuple[Array, Array, Array]:
             pairs = ((usual, offsets), (usual, moved_offsets), (unusual, offsets))
@@ -322,14 +320,15 @@ def select_position_weight(
 
     def score(i: int) -> float:
         both = np.concatenate([usual[:, i].ravel(), moved[:, i].ravel()])
-        defects = average_precision_score(labels[counted], unusual[:, i].ravel()[counted])
-        return defects * average_precision_score(is_moved, both)
+        moves = average_precision_score(is_moved, both)
+        if not labels.any():  # no synthetic defects
+            return moves
+        return moves * average_precision_score(labels[counted], unusual[:, i].ravel()[counted])
 
     return float(weights[int(np.argmax([score(i) for i in range(len(weights))]))])
 
 
 _jitted_distances = jax.jit(distances, static_argnames="grid")
-_jitted_halve = jax.jit(halve)
 
 
 def build(
@@ -384,7 +383,7 @@ def build(
             patch_image_ids=patch_image_ids[chosen],
             position_scale=np.float32(weight * bank.position_scale),
         )
-        scaled = _jitted_halve(calibration) if halvings else calibration
+        scaled = jax.jit(halve)(calibration) if halvings else calibration
         one_image = len(np.unique(image_ids)) == 1
         scales.append(_calibrate(bank, None if one_image else scaled, grid=grid))
     return MemoryBank(fine=scales[0], coarse=scales[1])

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -26,14 +27,14 @@ from anoseg_jax.method import (
     train_state,
 )
 from anoseg_jax.method.train_state import StaticOptions, TrainState
-from anoseg_jax.running import checkpoint, loop, progress, train_log
+from anoseg_jax.running import checkpoint, distributed, loop, progress, train_log
 
 NUM_PANELS = 8  # examples that are drawn for TensorBoard
 Losses = Callable[..., tuple[tuple[Array, Array], dict[str, Array]]]
 
 
 def previous_images(images: Array, axis_name: str | None) -> Array:
-    """Returns for each image the one before it in the batch of all devices; the first has the last.
+    """Returns the batch of all devices shifted by one image; the last image comes first.
 
     `axis_name` is that of the `jax.pmap` this runs in; None outside of one.
     """
@@ -192,7 +193,7 @@ def train_step(
     static: StaticOptions,
     axis_name: str | None = "batch",
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One training step of both players; pure.
+    """Returns the state after one training step of both players, and its metrics; pure.
 
     Args:
       state: without a device axis.
@@ -286,7 +287,6 @@ def build_memory_bank(
 def make_checkpoint_fn(
     config: ConfigDict,
     template: TrainState,
-    arrays: Mapping[str, np.ndarray],
     held_out: np.ndarray,
     *,
     panels: bool,
@@ -296,9 +296,8 @@ def make_checkpoint_fn(
     Args:
       config: the options of configs/default.py.
       template: shapes of the state.
-      arrays: of the images that are trained on.
-      held_out: good images that are not, uint8 [n, h, w, 3].
-      panels: draws training examples beside their maps.
+      held_out: good images that are not trained on, uint8 [n, h, w, 3].
+      panels: draws examples that are made of them beside their maps.
     """
     static, options = train_state.split_options(config)
     _, step_key = train_state.seed_keys(config.seed)
@@ -313,10 +312,11 @@ def make_checkpoint_fn(
             partial(predict_fn, variables, outputs=2), held_out, config
         )
         additions = {"thresholds": calibrated, "flops_per_image": flops_per_image()}
-        if not panels:
+        if not panels or not len(held_out):
             return additions, {}
-        rows = np.arange(config.batch_size) % len(arrays["image"])
-        batch = {name: array[rows] for name, array in arrays.items()}
+        # Of images that are not in the memory bank: distances there are not leave-one-out.
+        rows = np.arange(config.batch_size) % len(held_out)
+        batch = {"image": held_out[rows], "image_id": rows.astype(np.int32)}
         key = jax.random.fold_in(step_key, step)
         examples = jax.device_get(jitted_make_examples(key, batch, options, static=static))
         examples = {name: x[:NUM_PANELS] for name, x in examples.items()}
@@ -325,6 +325,16 @@ def make_checkpoint_fn(
         return additions, train_log.draw_panels(examples, maps, reconstructions)
 
     return on_checkpoint
+
+
+def check_images(images_sha256: str, record: Mapping[str, Any]) -> None:
+    """Raises TrainingError if a checkpoint's record is of other images than these."""
+    old = str(record.get("images_sha256"))
+    if old != images_sha256:
+        raise loop.TrainingError(
+            f"the checkpoint was trained with another images_sha256: {old[:12]}, now "
+            f"{images_sha256[:12]}. Restore the images, or train in a new --workdir"
+        )
 
 
 def starting_point(
@@ -342,7 +352,7 @@ def starting_point(
     if saved is None:
         init_key, _ = train_state.seed_keys(config.seed)
         size = tuple(config.image_size)
-        with progress.waiting("creating the networks", "about 5 s"):
+        with progress.waiting("creating the networks", "usually a few seconds"):
             create = train_state.jit_once(train_state.create_state, "static", "image_size")
             state = create(init_key, options, static=static, image_size=size)
         record, has_bank = {"train_seconds": 0.0}, False
@@ -350,10 +360,17 @@ def starting_point(
         state, record = saved.state, saved.record
         then = (record.get("images_sha256"), saved.config["seed"], saved.config["held_out"])
         has_bank = then == (images_sha256, config.seed, config.held_out)
+        if then[0] == images_sha256 and not has_bank:
+            print(
+                "warning: the run of config.resume was trained on images that are held out now: "
+                "thresholds may be too low",
+                file=sys.stderr,
+            )
     if static.grid and not has_bank:
-        with progress.waiting("building the memory bank of good patches", "about 15 s"):
+        with progress.waiting("building the memory bank of good patches", "usually under a minute"):
             bank = build_memory_bank(config, arrays["image"], arrays["image_id"])
-        state = state.replace(memory_bank=bank)
+        # The last bits of a product differ between types of CPUs: all take one process's bank.
+        state = state.replace(memory_bank=distributed.broadcast(bank))
     parameters = sum(x.size for x in jax.tree.leaves(state.generator))
     return state, record | {"images_sha256": images_sha256, "parameters": parameters}
 
@@ -385,15 +402,14 @@ def fit(
     """
     static, options = train_state.split_options(config)
     _, step_key = train_state.seed_keys(config.seed)
-    images_sha256 = hashlib.sha256(images.tobytes()).hexdigest()
+    images_sha256 = hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
     image_ids = batches.assign_image_ids(images)
-    kept, held_out = batches.hold_out(len(images), fraction=config.held_out, seed=config.seed)
+    kept, held_out = batches.hold_out(image_ids, fraction=config.held_out, seed=config.seed)
     arrays = {"image": images[kept], "image_id": image_ids[kept]}
 
     with checkpoint.open_manager(epath.Path(folder) / "checkpoints") as manager:
-        trained_on = {"images_sha256": images_sha256}
         template = train_state.template(config)
-        saved = loop.restore(manager, config, template, trained_on)
+        saved = loop.restore(manager, config, template, partial(check_images, images_sha256))
         if saved is not None and saved.step >= config.num_steps:
             return saved.state
         step_fn = loop.compile_ahead(
@@ -415,7 +431,6 @@ def fit(
             on_checkpoint=make_checkpoint_fn(
                 config,
                 template,
-                arrays,
                 images[held_out],
                 # Of several processes all predict, and one writes.
                 panels=writer is not None or jax.process_count() > 1,

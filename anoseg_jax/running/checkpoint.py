@@ -50,12 +50,12 @@ def open_manager(directory: epath.PathLike, *, create: bool = True) -> Iterator[
     if not create and not directory.exists():
         raise FileNotFoundError(f"no checkpoint in {directory}: train there first")
     manager = Manager(
-        # What `resolve` makes of gs://bucket is a local path.
+        # `resolve` would turn gs://bucket into a local path.
         directory if directory.is_absolute() else directory.resolve(),
         options=ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(2),
             create=create,
-            # What a kill left half written.
+            # Incomplete checkpoints that a kill left.
             cleanup_tmp_directories=create,
         ),
     )
@@ -87,7 +87,7 @@ def _without_errors_of_orbax() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _writing(where: epath.Path) -> Iterator[None]:
-    """Makes an OSError of one line of what orbax and tensorstore raise, which is of many kinds."""
+    """Raises the many errors of orbax and tensorstore as an OSError of one line."""
     try:
         yield
     except Exception as error:
@@ -98,7 +98,7 @@ def save(manager: Manager, state: Any, step: int, *, config: dict, record: dict)
     """Saves in the background; the end of `open_manager` waits for it.
 
     Orbax writes under a temporary name and renames, so that no checkpoint is incomplete. The record
-    gets `state_sha256`, which tells later damage, and `format`.
+    gets `state_sha256`, by which `restore` detects damage, and `format`.
 
     Raises OSError if this checkpoint or the one before it cannot be written.
     """
@@ -201,15 +201,6 @@ def restore_newest(directory: epath.PathLike) -> Saved:
     if saved is None:
         raise FileNotFoundError(f"no checkpoint in {directory}: train there first")
     return saved
-
-
-def read_record(directory: epath.PathLike) -> dict | None:
-    """Returns the record of the newest intact checkpoint in `directory`; None if there is none."""
-    if not epath.Path(directory).exists():
-        return None
-    with open_manager(directory, create=False) as manager:
-        saved = restore(manager)
-    return saved.record if saved else None
 
 
 def arrays_sha256(tree: Any) -> str:

@@ -13,7 +13,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -66,7 +66,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         raise UsageError(
             f"the processes of this run do not meet: {first_line(error)}{hint}"
         ) from error
-    # CPUs connect at the first exchange, for which they wait 30 s: now, as all are there.
+    # CPU processes connect at their first exchange and wait 30 s for it: now, while all are here.
     ones = np.ones(jax.local_device_count())
     jax.block_until_ready(jax.pmap(lambda x: jax.lax.psum(x, "all"), axis_name="all")(ones))
     multihost_utils.process_allgather(ones)
@@ -112,7 +112,7 @@ def rows(batch_size: int) -> slice:
 def check_equal(values: Mapping[str, str]) -> None:
     """Raises UsageError if processes differ in one of these hexadecimal hashes, naming the first.
 
-    Training would not fail, but give weights that no run can repeat.
+    Training would not fail, but no run could repeat its weights.
     """
     for name, value in values.items():
         digests = multihost_utils.process_allgather(
@@ -124,6 +124,11 @@ def check_equal(values: Mapping[str, str]) -> None:
                 f"process {others[0]} differs from process 0 in its {name}: all processes need "
                 "the same command, images and --workdir, on storage that all of them see"
             )
+
+
+def broadcast(tree: Any) -> Any:
+    """Returns the main process's arrays in all processes, as numpy arrays."""
+    return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
 
 
 def stop_on_signals() -> None:
@@ -140,7 +145,7 @@ def stop_on_signals() -> None:
 @contextlib.contextmanager
 def finish_step_on_interrupt() -> Iterator[None]:
     """Lets SIGINT (Ctrl-C) end the run at the next `must_stop`; a second one ends the process."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:  # a notebook's or a test's own
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:  # a handler of a notebook or a test
         yield
         return
     signal.signal(signal.SIGINT, _note_signal)
@@ -153,7 +158,8 @@ def finish_step_on_interrupt() -> Iterator[None]:
 def _note_signal(number: int, frame: object) -> None:
     del frame
     again = "; press Ctrl-C again to stop now" if number == signal.SIGINT else ""
-    print(f"\n{signal.Signals(number).name}: stopping after this step{again}", file=sys.stderr)
+    # Not print: the signal may have interrupted one, which cannot be entered twice.
+    os.write(2, f"\n{signal.Signals(number).name}: stopping after this step{again}\n".encode())
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if is_distributed():  # see must_stop
         os.kill(os.getpid(), signal.SIGTERM)

@@ -6,11 +6,11 @@ It knows nothing of what a step does. A step is a pure function `(state, batch, 
 
 import contextlib
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import jax
@@ -69,10 +69,11 @@ def compile_ahead(
     key: Array,
     options: Any,
 ) -> Callable:
-    """Returns the step, and compiles it in a thread while the caller does other things.
+    """Returns the step, whose first call compiles and says so.
 
-    The thread runs a step on zeros; the first call of the returned function waits for it. Several
-    processes compile at the first call: their collective operations need one order.
+    Where one process has one device, a thread starts to compile at once, by running a step on
+    zeros, and the first call waits for it. Several devices do not, because their collective
+    operations need one order and, on CPUs, all of the threads.
 
     Args:
       step_fn: of `parallelize`.
@@ -81,8 +82,8 @@ def compile_ahead(
       batch_size: of all devices together.
       key, options: the step's arguments.
     """
-    if jax.process_count() > 1:
-        return step_fn
+    began = time.monotonic()
+    calls = itertools.count()
 
     def run_on_zeros() -> None:
         state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
@@ -90,13 +91,20 @@ def compile_ahead(
         state, *others = replicate((state, key, options))
         jax.block_until_ready(step_fn(state, shard(batch), *others))
 
-    executor = ThreadPoolExecutor(max_workers=1)
-    compiled = executor.submit(run_on_zeros)
-    executor.shutdown(wait=False)
+    ahead = None
+    if jax.device_count() == 1:
+        executor = ThreadPoolExecutor(max_workers=1)
+        ahead = executor.submit(run_on_zeros)
+        executor.shutdown(wait=False)
 
     def run(*arguments: Any) -> Any:
-        compiled.result()
-        return step_fn(*arguments)
+        if next(calls):
+            return step_fn(*arguments)
+        start = began if ahead else None
+        with progress.waiting("compiling the training step", "usually under a minute", start):
+            if ahead:
+                ahead.exception()  # waits; should it have failed, so does the step itself
+            return jax.block_until_ready(step_fn(*arguments))
 
     return run
 
@@ -140,34 +148,31 @@ def check_same_options(
 
 
 def restore(
-    manager: checkpoint.Manager, config: ConfigDict, template: Any, trained_on: Mapping[str, str]
+    manager: checkpoint.Manager,
+    config: ConfigDict,
+    template: Any,
+    check_record: Callable[[Mapping[str, Any]], None],
 ) -> checkpoint.Saved | None:
     """Returns the checkpoint to resume from, or None for a fresh start.
 
     1. The newest intact checkpoint of this workdir; 2. the newest of `config.resume`, which may
-    have another seed, `held_out` and `trained_on`.
+    have another seed and `held_out`, and is not given to `check_record`.
 
     Args:
       manager: of this workdir's checkpoints.
       config: the options of this run.
       template: a state of the same shapes.
-      trained_on: hexadecimal hashes of what the run is trained on, as its record has them.
+      check_record: raises if a record is not of what this run is trained on.
 
     Raises:
-      TrainingError: options or hashes differ, or `config.resume` has no checkpoint.
+      TrainingError: options differ, or `config.resume` has no checkpoint or all steps already.
       checkpoint.CheckpointError: there are checkpoints, and none can be read.
     """
     options = json.loads(config.to_json())
 
-    def check(saved: dict, record: dict) -> None:
-        check_same_options(saved, options, MAY_CHANGE)
-        for name, value in trained_on.items():
-            old = str(record.get(name))
-            if old != value:
-                raise TrainingError(
-                    f"the checkpoint was trained with another {name}: {old[:12]}, now {value[:12]}."
-                    " Restore what it was trained on, or train in a new --workdir"
-                )
+    def check(saved_options: dict, record: dict) -> None:
+        check_same_options(saved_options, options, MAY_CHANGE)
+        check_record(record)
 
     saved = checkpoint.restore(manager, template=template, check=check)
     if saved is not None:
@@ -178,7 +183,9 @@ def restore(
             saved = checkpoint.restore(
                 m,
                 template=template,
-                check=lambda saved, _: check_same_options(saved, options, may_change),
+                check=lambda saved_options, _: check_same_options(
+                    saved_options, options, may_change
+                ),
             )
         if saved is None:
             raise TrainingError(f"config.resume={config.resume}: there is no checkpoint")
@@ -244,7 +251,7 @@ def run_steps(
       state: to start from.
       record: saved with checkpoints: `train_seconds` and what is known of the run.
       arrays, make_batches: the training images and `images.batches.train_batches`.
-      step_fn, key, options: the step (`parallelize`) and its arguments.
+      step_fn, key, options: the step (`compile_ahead`) and its arguments.
       learning_rate: given the number of steps done, returns the next step's.
       on_checkpoint: given state and step, returns additions to the record, and pictures by name.
       writer: of clu.metric_writers, for TensorBoard, or None.
@@ -264,8 +271,7 @@ def run_steps(
         steps = range(start + 1, config.num_steps + 1)
         for step, batch in zip(steps, batches, strict=False):
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                run = step_fn if step > start + 1 else partial(_first_step, step_fn)
-                state, metrics = run(state, shard(batch), key, options)
+                state, metrics = step_fn(state, shard(batch), key, options)
             pending.append(metrics)
             # Two queued steps keep devices busy; hundreds starve the threads of CPU devices.
             jax.block_until_ready(pending[-3:][0])
@@ -288,7 +294,8 @@ def run_steps(
                     train_log.write_line(log_path, line, bar, config.num_steps, writer)
             if save:
                 seconds = earlier_seconds + time.monotonic() - began
-                additions, pictures = on_checkpoint(state, step)
+                with progress.waiting("predicting the held-out images", "compiles once"):
+                    additions, pictures = on_checkpoint(state, step)
                 record |= additions | {"train_seconds": seconds}
                 checkpoint.save(manager, state, step, config=options_json, record=record)
                 if writer is not None:
@@ -300,11 +307,6 @@ def run_steps(
     if step < config.num_steps:
         raise TrainingError(f"the training images ended at step {step}")
     return state
-
-
-def _first_step(step_fn: Callable, *arguments: Any) -> Any:
-    with progress.waiting("compiling the training step", "about 30 s, once"):
-        return jax.block_until_ready(step_fn(*arguments))
 
 
 def _means(pending: list[dict[str, Array]], last_step: int) -> dict[str, float]:

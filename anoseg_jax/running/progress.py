@@ -6,13 +6,15 @@ import threading
 import time
 from collections.abc import Iterator
 
+from anoseg_jax.running import distributed
+
 # Seconds until a wait is announced, and between two signs of life where there is no terminal.
 ANNOUNCE_AFTER = 1.0
 REPEAT_AFTER = 10.0
 
 
 @contextlib.contextmanager
-def waiting(what: str, duration: str) -> Iterator[None]:
+def waiting(what: str, duration: str, began: float | None = None) -> Iterator[None]:
     """Announces what is done in the `with` block if it takes longer than a second.
 
     In a terminal a clock counts; elsewhere there is a line at the start, every ten seconds and at
@@ -21,9 +23,13 @@ def waiting(what: str, duration: str) -> Iterator[None]:
 
     Args:
       what: for example "compiling the training step".
-      duration: how long it takes, for example "about 30 s, once".
+      duration: how long it takes, for example "usually under a minute, once".
+      began: the `time.monotonic()` of its start; None is now.
     """
-    began, done = time.monotonic(), threading.Event()
+    if not distributed.is_main_process():
+        yield
+        return
+    began, done = began or time.monotonic(), threading.Event()
     terminal = sys.stderr.isatty()
 
     def say(text: str, end: str) -> None:
