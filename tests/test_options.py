@@ -10,7 +10,7 @@ from configs import test as test_config
 
 
 @pytest.mark.parametrize(
-    "name", ["default", "mvtec", "cpu", "folder", "synthetic", "test", "ablation"]
+    "name", ["default", "mvtec", "cpu", "paper", "folder", "synthetic", "test", "ablation"]
 )
 def test_every_config_can_be_run(name):
     config = importlib.import_module(f"configs.{name}").get_config()

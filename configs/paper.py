@@ -1,0 +1,28 @@
+"""AnoSeg as its paper describes it (arXiv 2110.03396), without this project's additions.
+
+python launch.py --config=configs/paper.py:screw,tile --config.data_dir=DIR --workdir=W
+python launch.py --config=configs/paper.py:screw:cpu ...      at 128x128, for a CPU
+
+Hard augmentation alone makes the synthetic defects; the losses are the pixel-wise, the adversarial
+and the masked reconstruction loss; the networks take coordinate channels. There is no memory bank.
+The paper's layer tables, hyper-parameters and loss weights are not known to this project: those
+numbers are this project's, as in configs/default.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import cpu, mvtec
+
+
+def get_config(argument: str = "all") -> ConfigDict:
+    """Returns the options; `argument` is CATEGORIES or CATEGORIES:cpu, "all" or names with commas.
+
+    With ":cpu" the network and the schedule are those of configs/cpu.py.
+    """
+    categories, _, size = argument.partition(":")
+    if size not in ("", "cpu"):
+        raise ValueError(f"configs/paper.py:{argument}: the size can only be cpu, not {size!r}")
+    config = cpu.get_config(categories) if size == "cpu" else mvtec.get_config(categories)
+    config.defects.preset = "paper"
+    config.memory_bank.size = 0
+    return config
