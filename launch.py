@@ -35,12 +35,12 @@ flags.DEFINE_integer("process_id", None, "From 0, with --coordinator.")
 def run(mode, config, workdir, runs):
     """Runs one mode; returns the exit code."""
     if mode == "report":
-        from anoseg_jax import report
+        from anoseg_jax.report import pages
 
-        report.write_run(workdir)
+        pages.write_run(workdir)
         return 0
     if mode == "compare":
-        from anoseg_jax import compare, compare_page
+        from anoseg_jax.report import compare, compare_page
 
         comparison = compare.compare(runs)
         compare.write(comparison, workdir)
@@ -58,7 +58,7 @@ def run(mode, config, workdir, runs):
 
         print(dry_run.report(config, FLAGS.workdir, FLAGS.devices))
         return 0
-    from data import layout
+    from anoseg_jax.images import layout
 
     if mode == "check":
         categories = layout.scan_categories(config.data_dir, config.categories)

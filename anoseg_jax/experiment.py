@@ -10,11 +10,13 @@ import numpy as np
 from etils.epath import Path
 from ml_collections import ConfigDict
 
-from anoseg_jax import ablation, evaluate, input_pipeline, options, peers, pictures, report, shards
+from anoseg_jax import options, shards
 from anoseg_jax.deploy.predictor import Predictor
-from anoseg_jax.images import batches
+from anoseg_jax.evaluation import evaluate, external_maps
+from anoseg_jax.images import batches, input_pipeline
 from anoseg_jax.interop import replay
 from anoseg_jax.method import detector, train
+from anoseg_jax.report import ablation, pages, pictures
 from anoseg_jax.running import checkpoint, distributed, loop, train_log
 
 Splits = tuple[Any, Any]  # (train, test): tf.data sets, see input_pipeline.load_arrays
@@ -37,16 +39,19 @@ def trained_on(config: Mapping[str, Any], train_split: Any) -> np.ndarray:
 def run_maps(config: ConfigDict, folder: Path, splits: Splits) -> dict:
     """Evaluates the maps of another method (`config.maps_dir`) in `folder`; returns the results.
 
-    Raises peers.MapsError if maps are missing or cannot be used, or `folder` is a model's.
+    Raises external_maps.MapsError if maps are missing or cannot be used, or `folder` is a model's.
     """
     if (folder / "checkpoints").exists():
-        raise peers.MapsError(
+        raise external_maps.MapsError(
             f"{folder} is a model's: give the results of maps_dir a --workdir of their own"
         )
     arrays = input_pipeline.load_arrays(splits[1], config.image_size)
     names = arrays["name"].tolist()
     maps_dir = Path(config.maps_dir) / config.categories[0]
-    maps, scores = peers.read_maps(maps_dir, names), peers.read_scores(maps_dir, names)
+    maps, scores = (
+        external_maps.read_maps(maps_dir, names),
+        external_maps.read_scores(maps_dir, names),
+    )
     test = list(input_pipeline.test_batches(arrays, config.evaluate.batch_size))
     masks = input_pipeline.load_masks(splits[1]) if config.evaluate.native_size else None
     evaluation = evaluate.evaluate_maps(
@@ -158,7 +163,7 @@ def run_seed(
             checkpoint.CheckpointError,
             loop.TrainingError,
             detector.DetectorError,
-            peers.MapsError,
+            external_maps.MapsError,
             FileNotFoundError,
         ) as error:
             # Of several processes the others may have gone on: only training fails in all alike.
@@ -174,7 +179,7 @@ def run_seed(
             evaluate.write_category(folder, results, **made)
         print(evaluate.summary(name, results), flush=True)
     if distributed.is_main_process() and alone and len(failures) < len(splits):
-        report.write_run(workdir)
+        pages.write_run(workdir)
         print(f"results: {workdir}/results.md; pictures and curves: {workdir}/report.html")
     return failures
 

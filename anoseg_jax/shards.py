@@ -12,7 +12,9 @@ from typing import Any
 from etils.epath import Path
 from ml_collections import ConfigDict
 
-from anoseg_jax import UsageError, ablation, compare, evaluate, report
+from anoseg_jax import UsageError
+from anoseg_jax.evaluation import evaluate
+from anoseg_jax.report import ablation, compare, pages
 
 Unit = tuple[str, int | None, str]  # variant ("" without any), seed (None without any), category
 
@@ -107,7 +109,7 @@ def merge(workdir: Path) -> list[str]:
                     "same options"
                 )
             if found:
-                report.write_run(folder)
+                pages.write_run(folder)
         if plan["seeds"]:
             write_mean(folder_of(workdir, variant), plan["seeds"])
     if plan["variants"]:

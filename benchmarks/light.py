@@ -18,9 +18,13 @@ from ml_collections import config_flags
 from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from anoseg_jax import baselines, input_pipeline, options  # noqa: E402
+from anoseg_jax import options  # noqa: E402
 from anoseg_jax.deploy.predictor import Predictor  # noqa: E402
-from anoseg_jax.images import batches  # noqa: E402
+from anoseg_jax.evaluation import baselines
+from anoseg_jax.images import (
+    batches,  # noqa: E402
+    input_pipeline,
+)
 from anoseg_jax.method import predict  # noqa: E402
 from data import sources  # noqa: E402
 

@@ -20,7 +20,7 @@ import numpy as np
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from anoseg_jax import metrics
+from anoseg_jax.evaluation import metrics
 
 BOUNDED = ("pixel_auroc", "pixel_ap", "au_pro", "iou")
 

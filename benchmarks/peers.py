@@ -22,8 +22,10 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from anoseg_jax import input_pipeline  # noqa: E402
-from data import layout  # noqa: E402
+from anoseg_jax.images import (
+    input_pipeline,  # noqa: E402
+    layout,  # noqa: E402
+)
 
 PATCH, STRIDE, COMPONENTS, NEIGHBOURS, SIGMA = 8, 4, 32, 3, 2.0
 SAMPLE = 100_000  # patches that the PCA is made of

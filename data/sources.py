@@ -6,8 +6,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils.epath import Path
 
-from anoseg_jax import input_pipeline
-from data import layout
+from anoseg_jax.images import input_pipeline, layout
 
 Split = tf.data.Dataset
 

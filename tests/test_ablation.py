@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from anoseg_jax import ablation, evaluate, experiment
+from anoseg_jax import experiment
+from anoseg_jax.evaluation import evaluate
+from anoseg_jax.report import ablation
 from configs import test as test_config
 
 NO_MASKS = "no defect is annotated"
@@ -107,7 +109,7 @@ def test_variants_are_run_in_order_and_again_in_the_same_way(tmp_path, monkeypat
         return results_of(0.1 * config.seed + 0.5 * config.model.coords, config.num_steps)
 
     monkeypatch.setattr(experiment, "run_category", run_category)
-    monkeypatch.setattr(experiment.report, "write_run", lambda workdir: None)
+    monkeypatch.setattr(experiment.pages, "write_run", lambda workdir: None)
     config = test_config.get_config()
     config.seeds = (1, 2)
     config.variants.without = {"model": {"coords": False}}

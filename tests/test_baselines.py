@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from anoseg_jax import baselines
+from anoseg_jax.evaluation import baselines
 
 
 def flat(*values, side=8):

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anoseg_jax import compare, evaluate, metrics
+from anoseg_jax.evaluation import evaluate, metrics
+from anoseg_jax.report import compare
 
 ROOT = Path(__file__).resolve().parents[1]
 PIXEL = ("pixel_auroc", "pixel_ap", "iou", "pixel_f1_max", "au_pro", "au_pro_0.05")
@@ -426,7 +427,7 @@ def test_it_needs_no_jax(two_runs):
     """Blocked imports: a comparison runs where only the files are."""
     program = (
         "import sys; sys.modules['jax'] = sys.modules['tensorflow'] = None\n"
-        "from anoseg_jax import compare\n"
+        "from anoseg_jax.report import compare\n"
         "print(compare.as_markdown(compare.compare(sys.argv[1:], bootstrap=5)))"
     )
     command = [sys.executable, "-c", program, *map(str, two_runs)]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from test_report import Page, browser, open_page  # noqa: F401
 
-from anoseg_jax import compare, compare_page, evaluate, report
+from anoseg_jax.evaluation import evaluate
+from anoseg_jax.report import compare, compare_page, pages
 
 NUT = "nüt <b>#1"
 # Of eight images, the second half defective: the scores of two programs, on scales of their own.
@@ -58,7 +59,7 @@ def page(runs, tmp_path_factory):
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    monkeypatch.setattr(report, "draw_plot", lambda plot: "<svg></svg>")
+    monkeypatch.setattr(pages, "draw_plot", lambda plot: "<svg></svg>")
 
 
 def test_places_are_ranks_and_ties_share_them():

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anoseg_jax import evaluate
 from anoseg_jax.deploy.predictor import Predictor
+from anoseg_jax.evaluation import evaluate
 from anoseg_jax.images import batches
 from anoseg_jax.method import detector, memory_bank, models, predict, train
 from anoseg_jax.running import checkpoint, loop

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anoseg_jax import evaluate, pictures
+from anoseg_jax.evaluation import evaluate
 from anoseg_jax.method import predict, thresholds
+from anoseg_jax.report import pictures
 
 
 class FixedPredictor:

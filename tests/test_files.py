@@ -14,10 +14,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from tqdm import tqdm
 
-from anoseg_jax import compare, experiment
+from anoseg_jax import experiment
+from anoseg_jax.images import layout
+from anoseg_jax.report import compare
 from anoseg_jax.running import train_log
 from configs import test as test_config
-from data import layout, sources
+from data import sources
 
 ROOT = LocalPath(__file__).resolve().parents[1]
 

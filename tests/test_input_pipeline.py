@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from anoseg_jax import input_pipeline
-from anoseg_jax.images import batches
+from anoseg_jax.images import batches, input_pipeline
 
 
 def example(index, *, size=(8, 8), mask=None):

@@ -1,4 +1,4 @@
-"""Tests of data/layout.py, on small folders drawn here and on shared/quirks where it is present."""
+"""images/layout.py on small folders drawn here, and on shared/quirks where it is present."""
 
 import dataclasses
 import os
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import layout
+from anoseg_jax.images import layout
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("ANOSEG_SHARED", ROOT.parent / "shared"))
@@ -330,7 +330,7 @@ def test_a_huge_declared_size_is_refused_before_memory_is_taken(folder):
     spoil(folder / "train/good/001.png", "huge")
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30));"
-        "from data import layout; print(*layout.scan(sys.argv[1]).errors)"
+        "from anoseg_jax.images import layout; print(*layout.scan(sys.argv[1]).errors)"
     )
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -632,7 +632,7 @@ def test_the_report_says_which_metrics_are_not_available_and_why(folder):
 
 
 def test_layout_needs_no_tensorflow():
-    code = "import sys; import data.layout; sys.exit('tensorflow' in sys.modules)"
+    code = "import sys; import anoseg_jax.images.layout; sys.exit('tensorflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 

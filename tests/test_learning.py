@@ -5,7 +5,7 @@ import numpy as np
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
-from anoseg_jax import baselines
+from anoseg_jax.evaluation import baselines
 from anoseg_jax.method import train, train_state
 from configs import test as test_config
 from data.synthetic_ad import drawing

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 from sklearn import metrics as sklearn_metrics
 
-from anoseg_jax import metrics
+from anoseg_jax.evaluation import metrics
 from anoseg_jax.method import thresholds
 
 SHARED = pathlib.Path(

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anoseg_jax import evaluate, report
+from anoseg_jax.evaluation import evaluate
+from anoseg_jax.report import pages
 
 NUT, WEAVE = "nüt <b>#1 %20", "weave"
 CRACK = "<b>riß</b> $x$ 裂"
@@ -140,12 +141,12 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     workdir = write_files(tmp_path_factory.mktemp("run") / "W")
-    report.write_run(workdir, "python launch.py --config=<x> && true")
+    pages.write_run(workdir, "python launch.py --config=<x> && true")
     return workdir
 
 
 @pytest.fixture(scope="module")
-def pages(workdir):
+def written_pages(workdir):
     return {name: Page(workdir / name / "report.html") for name in (".", NUT, WEAVE)}
 
 
@@ -157,32 +158,32 @@ def copy(workdir, tmp_path):
 @pytest.fixture
 def no_plots(monkeypatch):
     """Leaves the plots out: they are most of the time that a page takes."""
-    monkeypatch.setattr(report, "draw_plot", lambda plot: "<svg></svg>")
+    monkeypatch.setattr(pages, "draw_plot", lambda plot: "<svg></svg>")
 
 
-def test_the_run_lists_every_category_and_links_to_its_page(pages, workdir):
-    page = pages["."]
+def test_the_run_lists_every_category_and_links_to_its_page(written_pages, workdir):
+    page = written_pages["."]
     assert NUT in page.text and WEAVE in page.text and "Mean" in page.text
     links = [a["href"] for a in page.all("a") if a["href"].endswith("report.html")]
     assert links == ["n%C3%BCt%20%3Cb%3E%231%20%2520/report.html", "weave/report.html"]
     assert "1 of 5" not in page.text and "2 of 5" in page.text and "1 of 3" in page.text
 
 
-def test_what_is_null_has_its_reason_and_is_no_number(pages):
-    run, weave, nut = pages["."], pages[WEAVE], pages[NUT]
+def test_what_is_null_has_its_reason_and_is_no_number(written_pages):
+    run, weave, nut = written_pages["."], written_pages[WEAVE], written_pages[NUT]
     assert run.text.count("not available") >= 6
     for reason in ("no masks", "no defective images"):
         assert reason in run.text and reason in weave.text
     assert "the mean is of the 1 of 2 categories that have a number" in run.text
     assert "no masks of <this> type" in nut.text
-    for page in pages.values():
+    for page in written_pages.values():
         notes = {a["id"] for a in page.all("li") if a.get("id", "").startswith("note-")}
         assert {a["href"][1:] for a in page.all("a") if "note-" in a["href"]} <= notes
         assert not re.search(r"\b(None|nan|Undefined)\b", page.text)
 
 
-def test_the_headline_and_defect_types_are_there(pages):
-    page = pages[NUT]
+def test_the_headline_and_defect_types_are_there(written_pages):
+    page = written_pages[NUT]
     assert page.text.count("0.7500") >= 9
     for name in ("dent", CRACK, "Missed", "False alarm", "How it was made", "cafe", "beef"):
         assert name in page.text
@@ -191,8 +192,8 @@ def test_the_headline_and_defect_types_are_there(pages):
     assert len(page.all("svg")) == 8
 
 
-def test_pages_load_nothing(pages):
-    for page in pages.values():
+def test_pages_load_nothing(written_pages):
+    for page in written_pages.values():
         references = [
             attributes[key]
             for tag, attributes in page.elements
@@ -207,32 +208,32 @@ def test_pages_load_nothing(pages):
         assert "default-src 'none'" in str(page.all("meta"))
 
 
-def test_the_gallery_has_every_image_the_worst_first(pages):
-    cards = pages[NUT].all("li", **{"class": "card"})
+def test_the_gallery_has_every_image_the_worst_first(written_pages):
+    cards = written_pages[NUT].all("li", **{"class": "card"})
     assert [card["data-name"] for card in cards] == [IMAGES[i][0] for i in WORST_FIRST]
     verdicts = "false_alarm missed missed passed found found found passed".split()
     assert [card["data-verdict"] for card in cards] == verdicts
-    assert "Wrong verdicts come first" in pages[NUT].text
-    pictures = [a for a in pages[NUT].all("img") if a.get("loading") == "lazy"]
+    assert "Wrong verdicts come first" in written_pages[NUT].text
+    pictures = [a for a in written_pages[NUT].all("img") if a.get("loading") == "lazy"]
     assert len(pictures) == 4 * len(IMAGES)
     assert all(a["src"].startswith("data:image/jpeg;base64,") for a in pictures)
     assert {(a["width"], a["height"]) for a in pictures} == {("288", "192")}
 
 
-def test_names_are_text_and_no_markup(pages):
-    for page in pages.values():
+def test_names_are_text_and_no_markup(written_pages):
+    for page in written_pages.values():
         for markup in ("<b>riß", "<b>#1", "<i>0", "<x>", "<cpu>", "<this>", '"<script>"'):
             assert markup not in page.source
-    assert CRACK in pages[NUT].text and "crack/<i>0.png" in pages[NUT].text
-    assert '"data_dir": "<script>"' in pages[NUT].text
-    assert "python launch.py --config=<x> && true" in pages[NUT].text
+    assert CRACK in written_pages[NUT].text and "crack/<i>0.png" in written_pages[NUT].text
+    assert '"data_dir": "<script>"' in written_pages[NUT].text
+    assert "python launch.py --config=<x> && true" in written_pages[NUT].text
 
 
 def test_equal_files_make_equal_pages(workdir, copy):
     names = ("report.html", f"{NUT}/report.html", f"{WEAVE}/report.html")
     for name in names:
         (copy / name).unlink()
-    report.write_run(copy, "python launch.py --config=<x> && true")
+    pages.write_run(copy, "python launch.py --config=<x> && true")
     for name in names:
         assert (copy / name).read_bytes() == (workdir / name).read_bytes()
     assert not list(copy.rglob("*.tmp*"))
@@ -242,30 +243,30 @@ def test_equal_files_make_equal_pages(workdir, copy):
 def test_the_command_is_kept_in_the_results(copy):
     results = json.loads((copy / "results.json").read_text())
     (copy / "results.json").write_text(json.dumps(results | {"command": "make it"}))
-    report.write_category(copy, WEAVE)
+    pages.write_category(copy, WEAVE)
     assert "make it" in Page(copy / WEAVE / "report.html").text
 
 
-def test_sections_say_which_file_is_missing_or_damaged(pages, copy):
-    assert "No pictures: evaluation.npz is not there." in pages[WEAVE].text
-    assert "No training curves: train_log.jsonl is not there." in pages[WEAVE].text
-    assert "No options: config.json is not there." in pages[WEAVE].text
+def test_sections_say_which_file_is_missing_or_damaged(written_pages, copy):
+    assert "No pictures: evaluation.npz is not there." in written_pages[WEAVE].text
+    assert "No training curves: train_log.jsonl is not there." in written_pages[WEAVE].text
+    assert "No options: config.json is not there." in written_pages[WEAVE].text
     (copy / NUT / "evaluation.npz").write_bytes(b"PK damaged")
     (copy / NUT / "train_log.jsonl").write_text("")
-    report.write_category(copy, NUT)
+    pages.write_category(copy, NUT)
     page = Page(copy / NUT / "report.html")
     assert "evaluation.npz cannot be read" in page.text
     assert "train_log.jsonl is empty" in page.text
     for name in ("images.csv", "evaluation.npz", "curves.json", "train_log.jsonl", "config.json"):
         (copy / NUT / name).unlink()
-    report.write_run(copy)
+    pages.write_run(copy)
     assert "images.csv is not there" in Page(copy / NUT / "report.html").text
 
 
 @pytest.mark.usefixtures("no_plots")
 def test_images_and_pictures_of_different_evaluations_are_not_mixed(copy):
     write_csv(copy / NUT / "images.csv", IMAGES[:3], has_mask=True)
-    report.write_category(copy, NUT)
+    pages.write_category(copy, NUT)
     page = Page(copy / NUT / "report.html")
     assert "evaluation.npz has 8 images and images.csv 3" in page.text
     assert not page.all("li", **{"class": "card"})
@@ -275,15 +276,15 @@ def test_no_test_images_at_all_is_a_page(copy):
     write_csv(copy / NUT / "images.csv", (), has_mask=True)
     empty = {"image": np.zeros((0, 4, 4, 3), np.uint8), "mask": np.zeros((0, 4, 4), bool)}
     np.savez(copy / NUT / "evaluation.npz", map=np.zeros((0, 4, 4), np.uint8), **empty)
-    report.write_category(copy, NUT)
+    pages.write_category(copy, NUT)
     assert "There are no test images." in Page(copy / NUT / "report.html").text
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_without_a_threshold_nothing_counts_as_missed_or_found(pages, copy):
-    assert "Missed" not in pages[WEAVE].text and "No verdict 1" in pages[WEAVE].text
+def test_without_a_threshold_nothing_counts_as_missed_or_found(written_pages, copy):
+    assert "Missed" not in written_pages[WEAVE].text and "No verdict 1" in written_pages[WEAVE].text
     change_results(copy, NUT, image_f1_max_threshold=None)
-    report.write_category(copy, NUT)
+    pages.write_category(copy, NUT)
     page = Page(copy / NUT / "report.html")
     cards = page.all("li", **{"class": "card"})
     # By 1 - IoU; of equal ones good images from the highest score, defective from the lowest.
@@ -294,7 +295,7 @@ def test_without_a_threshold_nothing_counts_as_missed_or_found(pages, copy):
 def test_scores_that_are_not_finite_get_no_verdict(copy):
     rows = [(name, kind, label, "nan", iou) for name, kind, label, _, iou in IMAGES]
     write_csv(copy / NUT / "images.csv", rows, has_mask=True)
-    report.write_category(copy, NUT)
+    pages.write_category(copy, NUT)
     cards = Page(copy / NUT / "report.html").all("li", **{"class": "card"})
     assert {card["data-verdict"] for card in cards} == {"none"}
 
@@ -309,7 +310,7 @@ def test_thresholds_made_without_the_test_set_decide_where_they_are_recorded(cop
     before = Page(copy / NUT / "report.html").text
     assert "best F1 on these test images themselves" in before and "0.6" in before
     change_results(copy, NUT, thresholds=thresholds)
-    report.write_category(copy, NUT)
+    pages.write_category(copy, NUT)
     page = Page(copy / NUT / "report.html")
     assert made in page.text and "test images themselves" not in page.text
     assert "false positive rate: 0.01" in page.text and "map at or above 0.9" in page.text
@@ -323,7 +324,7 @@ def test_thresholds_made_without_the_test_set_decide_where_they_are_recorded(cop
 def test_the_model_is_marked_where_a_baseline_is_better(copy):
     better = metrics(0.8, {"au_pro": "no masks"}) | {"iou": 0.2}
     change_results(copy, NUT, baselines={"z_score": better, "pca": metrics(0.7, {})})
-    report.write_category(copy, NUT)
+    pages.write_category(copy, NUT)
     page = Page(copy / NUT / "report.html")
     assert "Against trivial baselines" in page.text and "z score" in page.text
     # 0.75 is below 0.8, but not where the best baseline has 0.7.
@@ -331,7 +332,7 @@ def test_the_model_is_marked_where_a_baseline_is_better(copy):
     without = metrics(0.5, dict.fromkeys(evaluate.METRICS, "no test images"))
     assert not any(
         cell["below"]
-        for row in report.baseline_rows(metrics(0.1, {}) | {"baselines": {"z_score": without}})
+        for row in pages.baseline_rows(metrics(0.1, {}) | {"baselines": {"z_score": without}})
         for cell in row["cells"]
     )
 
@@ -343,7 +344,7 @@ def test_maps_of_another_method_have_a_page_without_a_model(copy):
     change_results(
         copy, NUT, **dict.fromkeys(nothing), maps_dir="<maps>", map_scale=scale, iou_threshold=18.5
     )
-    report.write_run(copy)
+    pages.write_run(copy)
     page = Page(copy / NUT / "report.html")
     assert "of another method, from <maps>" in page.text
     assert "Scores from -3 to 40 are shown from 0 to 1" in page.text
@@ -360,9 +361,9 @@ def test_a_large_gallery_stays_small(copy, monkeypatch):
     np.savez(copy / NUT / "evaluation.npz", image=noise, mask=masks, map=noise[..., 0])
     rows = [(f"good/{i:03}.png", "good", 0, i / count, None) for i in range(count)]
     write_csv(copy / NUT / "images.csv", rows, has_mask=True)
-    monkeypatch.setattr(report, "MAX_GALLERY_BYTES", 400_000)
-    monkeypatch.setattr(report, "MAX_CARDS", 30)
-    report.write_category(copy, NUT)
+    monkeypatch.setattr(pages, "MAX_GALLERY_BYTES", 400_000)
+    monkeypatch.setattr(pages, "MAX_CARDS", 30)
+    pages.write_category(copy, NUT)
     page = Page(copy / NUT / "report.html")
     cards = page.all("li", **{"class": "card"})
     assert len(cards) == 30 and cards[0]["data-name"] == "good/039.png"
@@ -373,24 +374,24 @@ def test_a_large_gallery_stays_small(copy, monkeypatch):
 def test_a_single_pixel_survives_being_made_small():
     region = np.zeros((1000, 700), bool)
     region[333, 77] = True
-    assert report.cover(region, (70, 100)).sum() == 1
-    assert not report.cover(~np.ones_like(region), (70, 100)).any()
+    assert pages.cover(region, (70, 100)).sum() == 1
+    assert not pages.cover(~np.ones_like(region), (70, 100)).any()
 
 
 @pytest.mark.parametrize(("threshold", "level"), [(0.0, 0), (1e-4, 1), (0.399, 102), (1.0, 255)])
 def test_thresholds_are_rounded_as_maps_are(threshold, level):
-    assert report.level_of(threshold) == level
+    assert pages.level_of(threshold) == level
 
 
 def test_errors_are_one_line_that_names_the_file(tmp_path, copy):
-    with pytest.raises(report.ReportError, match="results.json: there is no such file"):
-        report.write_run(tmp_path)
-    with pytest.raises(report.ReportError, match="results.json has no category 'nut'"):
-        report.write_category(copy, "nut")
+    with pytest.raises(pages.ReportError, match="results.json: there is no such file"):
+        pages.write_run(tmp_path)
+    with pytest.raises(pages.ReportError, match="results.json has no category 'nut'"):
+        pages.write_category(copy, "nut")
     for content in ("[]", "{", '{"mean": {}}'):
         (copy / "results.json").write_text(content)
-        with pytest.raises(report.ReportError, match="results.json") as error:
-            report.write_run(copy)
+        with pytest.raises(pages.ReportError, match="results.json") as error:
+            pages.write_run(copy)
         assert "\n" not in str(error.value)
 
 

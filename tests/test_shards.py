@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from anoseg_jax import evaluate, experiment, shards
+from anoseg_jax import experiment, shards
+from anoseg_jax.evaluation import evaluate
 from anoseg_jax.running import versions
 from configs import test as test_config
 from data import sources
@@ -29,7 +30,7 @@ def results_of(config, folder, splits, *, training):
 def run(monkeypatch):
     """Runs all of a config, or a shard of it; with seeds there are variants, too."""
     monkeypatch.setattr(experiment, "run_category", results_of)
-    monkeypatch.setattr(experiment.report, "draw_plot", lambda plot: "<svg></svg>")
+    monkeypatch.setattr(experiment.pages, "draw_plot", lambda plot: "<svg></svg>")
 
     def run(workdir, shard="", **changes):
         config = test_config.get_config()

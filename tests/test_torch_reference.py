@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from anoseg_jax import evaluate
+from anoseg_jax.evaluation import evaluate
 from anoseg_jax.interop import replay, torch_weights
 from anoseg_jax.method import detector, losses, predict
 from configs import test as test_config

@@ -8,7 +8,8 @@ import tensorflow_datasets as tfds
 # `tfds build` imports this file with neither the working directory nor the repository's root on
 # the path; `data` lies in the latter.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
-from data import features, layout  # noqa: E402
+from anoseg_jax.images import layout  # noqa: E402
+from data import features  # noqa: E402
 
 CATEGORIES = (
     "bottle",

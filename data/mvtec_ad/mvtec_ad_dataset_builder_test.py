@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from data import layout
+from anoseg_jax.images import layout
 from data.mvtec_ad import mvtec_ad_dataset_builder
 
 DUMMY_DATA = Path(__file__).parent / "dummy_data"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from data import layout
+from anoseg_jax.images import layout
 from data.synthetic_ad import drawing, synthetic_ad_dataset_builder
 
 CATEGORIES = ("weave", "grain", "washer", "capsule")

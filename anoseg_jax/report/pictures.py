@@ -9,7 +9,7 @@ from etils.epath import Path
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from anoseg_jax.evaluate import Evaluation, as_shown
+from anoseg_jax.evaluation.evaluate import Evaluation, as_shown
 
 COLOURS = matplotlib.colormaps["inferno"]
 TRUTH, FOUND = (0, 200, 80), (255, 60, 60)  # outlines of the true and of the found defect

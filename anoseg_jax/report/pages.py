@@ -29,9 +29,9 @@ from PIL import Image
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from anoseg_jax import UsageError
-from anoseg_jax.evaluate import METRICS, as_shown, image_iou
-from anoseg_jax.metrics import GOOD
-from anoseg_jax.pictures import COLOURS, FOUND, TRUTH, outline
+from anoseg_jax.evaluation.evaluate import METRICS, as_shown, image_iou
+from anoseg_jax.evaluation.metrics import GOOD
+from anoseg_jax.report.pictures import COLOURS, FOUND, TRUTH, outline
 from anoseg_jax.running.files import write_text
 
 # How each number is called, and what it says to someone who has not met it.

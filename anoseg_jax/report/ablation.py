@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from etils.epath import Path
 
-from anoseg_jax import compare, evaluate
+from anoseg_jax.evaluation import evaluate
+from anoseg_jax.report import compare
 from anoseg_jax.running import files
 
 # The columns.

@@ -13,8 +13,8 @@ from etils.epath import Path
 from matplotlib.axes import Axes
 from scipy import stats
 
-from anoseg_jax import compare, report
-from anoseg_jax.evaluate import as_shown, read_results
+from anoseg_jax.evaluation.evaluate import as_shown, read_results
+from anoseg_jax.report import compare, pages
 from anoseg_jax.running.files import write_text
 
 SHOWN = 6  # images of a category and kind of disagreement
@@ -59,10 +59,8 @@ class Image(NamedTuple):
 def read_category(folder: Path, category: str) -> Seen:
     """Reads what a run's workdir (that of one seed) has of a category."""
     results = read_results(folder)["categories"][category]
-    rows, no_rows = report.read_optional(folder / category / "images.csv", report.parse_images)
-    arrays, missing = report.read_optional(
-        folder / category / "evaluation.npz", report.parse_arrays
-    )
+    rows, no_rows = pages.read_optional(folder / category / "images.csv", pages.parse_images)
+    arrays, missing = pages.read_optional(folder / category / "evaluation.npz", pages.parse_arrays)
     if arrays is not None and len(arrays["map"]) != len(rows or []):
         arrays, missing = None, "evaluation.npz and images.csv are of different evaluations."
     by_name = {row["name"]: row | {"index": index} for index, row in enumerate(rows or [])}
@@ -111,7 +109,7 @@ def farthest(images: Sequence[Image], gain: Any, count: int) -> list[Image]:
     return [image for image in ranked[:count] if gain(image)]
 
 
-def draw(image: Image, first: Seen, other: Seen, names: tuple[str, str]) -> list[report.Panel]:
+def draw(image: Image, first: Seen, other: Seen, names: tuple[str, str]) -> list[pages.Panel]:
     """Draws image and truth, then for each run its map and what is found at its best threshold."""
     panels = []
     for seen, run in ((first, names[0]), (other, names[1])):
@@ -120,12 +118,12 @@ def draw(image: Image, first: Seen, other: Seen, names: tuple[str, str]) -> list
         row = seen.rows[image.name]
         index = row["index"]
         best, scale = seen.results.get("iou_threshold"), seen.results.get("map_scale")
-        drawn = report.draw_panels(
+        drawn = pages.draw_panels(
             seen.arrays["image"][index],
             seen.arrays["mask"][index] if row["has_mask"] else None,
             seen.arrays["map"][index],
-            report.level_of(0.5 if best is None else float(as_shown(best, scale))),
-            report.SMALL,
+            pages.level_of(0.5 if best is None else float(as_shown(best, scale))),
+            pages.SMALL,
         )
         panels += drawn[:2] if not panels else []
         panels += [panel._replace(caption=f"{run}: {panel.caption}") for panel in drawn[2:]]
@@ -139,20 +137,20 @@ def plot_pairs(
     thresholds: tuple[float | None, float | None],
 ) -> None:
     """Plots the first run's values against the other's: {label: (first, other)}."""
-    for label, name, colour in ((0, "good", report.BLUE), (1, "defective", report.ORANGE)):
+    for label, name, colour in ((0, "good", pages.BLUE), (1, "defective", pages.ORANGE)):
         if points := pairs.get(label):
             x, y = zip(*points, strict=True)
             axes.plot(x, y, ".", color=colour, alpha=0.6, label=f"{name}: {len(points)}")
     for line, threshold in ((axes.axvline, thresholds[0]), (axes.axhline, thresholds[1])):
         if threshold is not None:
             line(threshold, color="black", linestyle="--", linewidth=1)
-    axes.set(xlabel=report._short(names[0], 40), ylabel=report._short(names[1], 40))
+    axes.set(xlabel=pages._short(names[0], 40), ylabel=pages._short(names[1], 40))
     axes.legend(loc="best")
 
 
 def plot_ious(axes: Axes, pairs: Sequence[tuple[float, float]], names: tuple[str, str]) -> None:
     """Plots the IoU of each defective image: above the line the other run is better."""
-    axes.axline((0, 0), slope=1, color=report.GREY, linewidth=1)
+    axes.axline((0, 0), slope=1, color=pages.GREY, linewidth=1)
     plot_pairs(axes, {1: pairs}, names, (None, None))
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
 
@@ -171,7 +169,7 @@ def draw_plots(
     return [
         {
             "title": title,
-            "svg": report.draw_plot(plot) if there else None,
+            "svg": pages.draw_plot(plot) if there else None,
             "missing": "no image has it in both runs",
         }
         for title, there, plot in plots
@@ -215,7 +213,7 @@ def category_section(
 
 
 def difference_rows(
-    comparison: Mapping[str, Any], first: str, name: str, notes: report.Notes
+    comparison: Mapping[str, Any], first: str, name: str, notes: pages.Notes
 ) -> list[dict[str, Any]]:
     """Returns the table of one run against the baseline: a row a category, then the mean."""
     rows = comparison["categories"]
@@ -244,7 +242,7 @@ def page(comparison: Mapping[str, Any]) -> str:
         seeds = runs[name]["seeds"]
         return Path(runs[name]["workdir"]) / (f"seed_{seeds[0]}" if seeds else "")
 
-    notes = report.Notes()
+    notes = pages.Notes()
     pairs = [
         {
             "names": (first, name),
@@ -262,7 +260,7 @@ def page(comparison: Mapping[str, Any]) -> str:
         }
         for name in others
     ]
-    return report.render(
+    return pages.render(
         "compare_page.html.jinja",
         comparison=comparison,
         pairs=pairs,

@@ -14,8 +14,7 @@ import numpy as np
 from etils.epath import Path
 from PIL import Image
 
-from anoseg_jax import baselines, metrics
-from anoseg_jax.deploy.predictor import DetectorPredictor, Predictor
+from anoseg_jax.evaluation import baselines, metrics
 from anoseg_jax.method import predict
 from anoseg_jax.running import versions
 from anoseg_jax.running.files import write_bytes, write_text
@@ -57,19 +56,19 @@ def image_iou(image_map: np.ndarray, mask: np.ndarray, threshold: float) -> floa
 
 
 def evaluate(
-    predictor: Predictor,
+    predictor: Any,
     batches: Iterable[dict[str, np.ndarray]],
     *,
     native_masks: Sequence[np.ndarray] | None = None,
     pixel_threshold: float | None = None,
     image_threshold: float | None = None,
-    detector: DetectorPredictor | None = None,
+    detector: Any = None,
     image_score: str = "map",
 ) -> Evaluation:
     """Predicts and measures all images of `batches` (see input_pipeline.test_batches).
 
     Args:
-      predictor: the trained generator.
+      predictor: the trained generator, a `deploy.predictor.Predictor`.
       batches: test images, in order.
       native_masks: masks at the size of their files, bool [h, w] each, in the order of the images;
         where given, maps are enlarged to them (bilinear) for the pixel metrics.

@@ -20,7 +20,8 @@ import numpy as np
 from etils.epath import Path
 from scipy import ndimage
 
-from anoseg_jax import UsageError, metrics
+from anoseg_jax import UsageError
+from anoseg_jax.evaluation import metrics
 from anoseg_jax.running import files
 
 CONFIDENCE = 0.95

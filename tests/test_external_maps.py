@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anoseg_jax import peers
+from anoseg_jax.evaluation import external_maps
 
 NAMES = ["test/good/0.png", "test/hole/0.png", "test/hole/a.b.JPG"]
 
@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 def test_maps_are_read_from_all_formats(folder):
     (folder / "hole" / "0.png").write_bytes(b"no map")
-    for values in peers.read_maps(folder, NAMES):
+    for values in external_maps.read_maps(folder, NAMES):
         np.testing.assert_array_equal(values, np.arange(12.0).reshape(3, 4) - 5)
         assert values.dtype == np.float32
 
@@ -36,19 +36,21 @@ def test_a_png_of_16_bits_is_a_map_where_there_is_no_other_file(folder):
     (folder / "hole" / "0.tiff").unlink()
     Image.fromarray(values).save(folder / "hole" / "0.png")
     Image.fromarray(values).save(folder / "good" / "0.png")  # beside 0.npy
-    maps = peers.read_maps(folder, NAMES)
+    maps = external_maps.read_maps(folder, NAMES)
     np.testing.assert_array_equal(maps[1], values)
     np.testing.assert_array_equal(maps[0], np.arange(12.0).reshape(3, 4) - 5)
     for picture in (values.astype(np.uint8), np.zeros((3, 4, 3), np.uint8)):
         Image.fromarray(picture).save(folder / "hole" / "0.png")
-        with pytest.raises(peers.MapsError, match="0.png: is uint8 .*: a PNG that is a map"):
-            peers.read_maps(folder, NAMES)
+        with pytest.raises(
+            external_maps.MapsError, match="0.png: is uint8 .*: a PNG that is a map"
+        ):
+            external_maps.read_maps(folder, NAMES)
 
 
 def test_names_are_equal_however_their_umlauts_are_written(tmp_path):
     (tmp_path / "riß").mkdir()
     np.save(tmp_path / "riß" / unicodedata.normalize("NFD", "ü.npy"), np.zeros((2, 2)))
-    assert len(peers.read_maps(tmp_path, ["test/riß/ü.png"])) == 1
+    assert len(external_maps.read_maps(tmp_path, ["test/riß/ü.png"])) == 1
 
 
 @pytest.mark.parametrize(
@@ -64,40 +66,40 @@ def test_names_are_equal_however_their_umlauts_are_written(tmp_path):
 )
 def test_what_is_no_map_is_refused(folder, values, message):
     np.save(folder / "good" / "0.npy", values)
-    with pytest.raises(peers.MapsError, match=f"0.npy: .*{message}") as error:
-        peers.read_maps(folder, NAMES)
+    with pytest.raises(external_maps.MapsError, match=f"0.npy: .*{message}") as error:
+        external_maps.read_maps(folder, NAMES)
     assert "\n" not in str(error.value)
 
 
 def test_missing_double_and_shared_maps_are_named(folder):
     more = [f"test/hole/{index}.png" for index in range(1, 6)]
     missing = "no map .* for 5 of 8 test images: hole/1, hole/2, hole/3 and 2 more"
-    with pytest.raises(peers.MapsError, match=missing):
-        peers.find_maps(folder, NAMES + more)
+    with pytest.raises(external_maps.MapsError, match=missing):
+        external_maps.find_maps(folder, NAMES + more)
     with pytest.raises(
-        peers.MapsError, match="test/hole/0.png, test/hole/0.bmp would have the sam"
+        external_maps.MapsError, match="test/hole/0.png, test/hole/0.bmp would have the sam"
     ):
-        peers.find_maps(folder, [*NAMES, "test/hole/0.bmp"])
+        external_maps.find_maps(folder, [*NAMES, "test/hole/0.bmp"])
     np.save(folder / "hole" / "0.npy", np.zeros((3, 4)))
     double = "1 images have two maps: hole/0.npy and hole/0.tiff: keep one"
-    with pytest.raises(peers.MapsError, match=double):
-        peers.find_maps(folder, NAMES)
-    with pytest.raises(peers.MapsError, match="bolt: there is no such folder"):
-        peers.find_maps(folder / "bolt", NAMES)
+    with pytest.raises(external_maps.MapsError, match=double):
+        external_maps.find_maps(folder, NAMES)
+    with pytest.raises(external_maps.MapsError, match="bolt: there is no such folder"):
+        external_maps.find_maps(folder / "bolt", NAMES)
 
 
 def test_scores_come_by_name(folder):
-    assert peers.read_scores(folder, NAMES) is None
+    assert external_maps.read_scores(folder, NAMES) is None
     lines = [f"{name},{index}.5" for index, name in enumerate(NAMES)]
     (folder / "scores.csv").write_text("\n".join(["name,score", *reversed(lines)]))
-    np.testing.assert_array_equal(peers.read_scores(folder, NAMES), [0.5, 1.5, 2.5])
+    np.testing.assert_array_equal(external_maps.read_scores(folder, NAMES), [0.5, 1.5, 2.5])
     # As other programs name them: wherever their images lie, or after their own files.
     lines = ["/data/bolt/test/good/0.png,3", "hole/0.npy,4", "hole/a.b.JPG,5"]
     (folder / "scores.csv").write_text("\n".join(["name,score", *lines]))
-    np.testing.assert_array_equal(peers.read_scores(folder, NAMES), [3, 4, 5])
+    np.testing.assert_array_equal(external_maps.read_scores(folder, NAMES), [3, 4, 5])
     (folder / "scores.csv").write_text("name,score\nhöle/0.png,1", encoding="latin-1")
-    with pytest.raises(peers.MapsError, match="scores.csv: is not in UTF-8"):
-        peers.read_scores(folder, NAMES)
+    with pytest.raises(external_maps.MapsError, match="scores.csv: is not in UTF-8"):
+        external_maps.read_scores(folder, NAMES)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +114,6 @@ def test_scores_come_by_name(folder):
 )
 def test_scores_that_cannot_be_used_are_refused(folder, text, message):
     (folder / "scores.csv").write_text(text)
-    with pytest.raises(peers.MapsError, match=f"scores.csv: {message}") as error:
-        peers.read_scores(folder, NAMES)
+    with pytest.raises(external_maps.MapsError, match=f"scores.csv: {message}") as error:
+        external_maps.read_scores(folder, NAMES)
     assert "\n" not in str(error.value)

@@ -1,0 +1,1 @@
+"""Pages, pictures and comparisons, from the result files alone."""
