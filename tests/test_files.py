@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from anoseg_jax import experiment
-from anoseg_jax.images import layout
+from anoseg_jax.images import decode, layout
 from anoseg_jax.report import compare
 from anoseg_jax.running import train_log
 from configs import test as test_config
@@ -118,10 +118,10 @@ def test_a_damaged_or_missing_file_is_named(root):
     broken = root / "data" / "bolt" / "train" / "good" / "0.png"
     broken.write_bytes(broken.read_bytes()[:60])
     with pytest.raises(layout.LayoutError, match=f"{broken}: is damaged or cut short"):
-        layout.read_image(broken)
+        decode.read_image(broken)
     broken.unlink()
     with pytest.raises(layout.LayoutError, match=f"{broken}: cannot be opened"):
-        layout.read_image(broken)
+        decode.read_image(broken)
     with pytest.raises(compare.CompareError, match="none has no results.json"):
         compare.compare([str(root / "none"), str(root / "none")])
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anoseg_jax.images import layout
+from anoseg_jax.images import decode, layout
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("ANOSEG_SHARED", ROOT.parent / "shared"))
@@ -395,7 +395,7 @@ IMAGE_KINDS = {
 def test_every_kind_of_image_gives_the_same_8_bit_rgb(tmp_path, name):
     grey = photo(0)
     save(IMAGE_KINDS[name](grey), tmp_path / name)
-    image = layout.read_image(tmp_path / name)
+    image = decode.read_image(tmp_path / name)
     assert image.dtype == np.uint8 and image.shape == (HEIGHT, WIDTH, 3)
     np.testing.assert_array_equal(image, np.repeat(grey[..., None], 3, axis=-1))
 
@@ -404,14 +404,14 @@ def test_every_kind_of_image_gives_the_same_8_bit_rgb(tmp_path, name):
 def test_lossy_images_are_read_up_to_their_loss(tmp_path, suffix):
     smooth = np.linspace(0, 255, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint8)
     save(Image.fromarray(smooth), tmp_path / f"x{suffix}", quality=95)
-    image = layout.read_image(tmp_path / f"x{suffix}")
+    image = decode.read_image(tmp_path / f"x{suffix}")
     assert image.shape == (HEIGHT, WIDTH, 3)
     assert np.abs(image.astype(int) - smooth[..., None]).max() < 16
 
 
 def test_one_bit_images_are_black_and_white(tmp_path):
     save(Image.fromarray(disc(0)), tmp_path / "x.png")
-    image = layout.read_image(tmp_path / "x.png")
+    image = decode.read_image(tmp_path / "x.png")
     np.testing.assert_array_equal(image[..., 1], np.uint8(255) * disc(0))
 
 
@@ -419,12 +419,12 @@ def test_colours_keep_their_order(tmp_path):
     colour = np.zeros((2, 3, 3), np.uint8)
     colour[:] = 200, 100, 50
     save(Image.fromarray(colour).quantize(4), tmp_path / "x.png")
-    np.testing.assert_array_equal(layout.read_image(tmp_path / "x.png"), colour)
+    np.testing.assert_array_equal(decode.read_image(tmp_path / "x.png"), colour)
 
 
 def test_16_bit_is_scaled_not_clipped(tmp_path):
     save(np.array([[0, 128, 256, 257, 32768, 65407, 65535]], np.uint16), tmp_path / "x.png")
-    image = layout.read_image(tmp_path / "x.png")
+    image = decode.read_image(tmp_path / "x.png")
     np.testing.assert_array_equal(image[0, :, 0], [0, 0, 1, 1, 128, 255, 255])
 
 
@@ -447,7 +447,7 @@ def test_12_bits_saved_in_16_are_a_warning(folder):
 def test_numbers_of_unknown_scale_are_refused(tmp_path, values):
     save(values, tmp_path / "x.tif")
     with pytest.raises(layout.LayoutError, match="x.tif: has values from"):
-        layout.read_image(tmp_path / "x.tif")
+        decode.read_image(tmp_path / "x.tif")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -467,7 +467,7 @@ def test_images_are_upright_whatever_the_camera_held(tmp_path, orientation):
     exif = Image.Exif()
     exif[274] = orientation
     save(np.ascontiguousarray(stored), tmp_path / "x.png", exif=exif)
-    np.testing.assert_array_equal(layout.read_image(tmp_path / "x.png"), upright)
+    np.testing.assert_array_equal(decode.read_image(tmp_path / "x.png"), upright)
 
 
 def test_a_mask_is_compared_with_the_upright_image(folder):
@@ -549,21 +549,21 @@ MASK_KINDS = {
 @pytest.mark.parametrize("kind", MASK_KINDS)
 def test_every_kind_of_mask_gives_the_same_bool_mask(tmp_path, kind):
     save(MASK_KINDS[kind](disc(0)), tmp_path / "x.png")
-    mask = layout.read_mask(tmp_path / "x.png")
+    mask = decode.read_mask(tmp_path / "x.png")
     assert mask.dtype == bool
     np.testing.assert_array_equal(mask, disc(0))
 
 
 def test_grey_edges_are_cut_at_half(tmp_path):
     save(np.array([[0, 60, 127, 128, 200, 255]], np.uint8), tmp_path / "x.png")
-    mask = layout.read_mask(tmp_path / "x.png")
+    mask = decode.read_mask(tmp_path / "x.png")
     np.testing.assert_array_equal(mask[0], [False, False, False, True, True, True])
 
 
 @pytest.mark.parametrize("kind", ["8_bit", "1_bit", "rgb", "rgba_opaque", "16_bit", "palette_grey"])
 def test_an_empty_mask_stays_empty(tmp_path, kind):
     save(MASK_KINDS[kind](np.zeros((HEIGHT, WIDTH), bool)), tmp_path / "x.png")
-    assert not layout.read_mask(tmp_path / "x.png").any()
+    assert not decode.read_mask(tmp_path / "x.png").any()
 
 
 # Several categories.

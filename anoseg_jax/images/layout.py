@@ -11,30 +11,19 @@ Images are uint8 RGB `[h, w, 3]`, masks bool `[h, w]` with True where the part i
 import collections
 import concurrent.futures
 import dataclasses
-import io
 import os
 import statistics
 import unicodedata
 
 import numpy as np
 from etils.epath import Path
-from PIL import Image, ImageOps
 
-from anoseg_jax import UsageError
+from anoseg_jax.images.decode import LayoutError, open_image, read_image, read_mask, to_rgb
 
 GOOD = "good"
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".pbm"}
 )
-# A header may declare any size: 60000x60000 pixels fit into 74 bytes of PNG and take 10 GB once
-# decoded. 150 megapixels holds the largest area-scan sensors.
-MAX_PIXELS = 150_000_000
-# Grey masks whose brightest value is below this hold class numbers (0, 1, 2, ...), not brightness.
-_CLASS_NUMBERS_BELOW = 32
-
-
-class LayoutError(UsageError):
-    """A folder or file that cannot be used; each line of the message names one and says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,47 +70,6 @@ class Category:
 # Reading one file.
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Reads an image as it is meant to be seen.
-
-    EXIF orientation is applied, 16-bit images are scaled so that 65535 becomes 255, float images
-    have to be in [0, 1], transparency is dropped as OpenCV and torchvision do.
-
-    Args:
-      path: an image file that pillow can read; of several frames the first is taken.
-
-    Returns:
-      uint8 `[h, w, 3]`, RGB.
-
-    Raises:
-      LayoutError: the file cannot be read; one line that names it.
-    """
-    return _to_rgb(_open(path), path)
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """Reads a mask, however it was saved.
-
-    - Grey, 1-bit, 16-bit and float: defective above half of the file's brightest value, so that
-      anti-aliased edges are cut in the middle and type ids such as 253, 254, 255 are all defective.
-      Integer masks whose brightest value is below 32 hold class numbers: all but 0 is defective.
-    - Colour: the same rule on the brightest of the three channels.
-    - Palette with colours: a label map. Normal is black where black is used, else entry 0.
-      (A palette of greys only is read as grey.)
-    - Alpha counts only where it varies over the file.
-
-    Args:
-      path: an image file that pillow can read.
-
-    Returns:
-      bool `[h, w]`, True where defective.
-
-    Raises:
-      LayoutError: the file cannot be read; one line that names it.
-    """
-    return _to_mask(_open(path), path)
-
-
 def load(example: Example) -> dict:
     """Reads one example.
 
@@ -150,89 +98,6 @@ def load(example: Example) -> dict:
         "defect_type": example.defect_type,
         "name": example.name,
     }
-
-
-def _open(path: Path) -> Image.Image:
-    """Returns the decoded image, upright."""
-    data = None
-    try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise Image.DecompressionBombError
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return image
-    except Image.DecompressionBombError as error:
-        raise LayoutError(
-            f"{path}: declares more than {MAX_PIXELS // 10**6} megapixels: it is damaged, or has "
-            "to be cut into smaller images"
-        ) from error
-    # A damaged file makes a decoder raise nearly anything: OSError, SyntaxError, struct.error, ...
-    except Exception as error:
-        raise LayoutError(f"{path}: {_why_unreadable(data, error)}") from error
-
-
-def _why_unreadable(data: bytes | None, error: Exception) -> str:
-    why = " ".join(str(error).split()) or type(error).__name__
-    if data is None:
-        why = getattr(error, "strerror", None) or why
-        return f"cannot be opened ({why}): restore it or remove it"
-    if not data:
-        return "is empty (0 bytes): copy it again or remove it"
-    if data.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not an image: run `git lfs pull`"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "is not an image in a format that pillow reads: convert it or remove it"
-    return f"is damaged or cut short ({why}): copy it again or remove it"
-
-
-def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
-    if image.mode != "F" and not image.mode.startswith("I"):
-        try:
-            return np.array(image.convert("RGB"))  # [h, w, 3]
-        except ValueError as error:
-            raise LayoutError(f"{path}: {error}: save it as 8-bit RGB or grey") from error
-    # Pillow's own conversion of these modes clips at 255 instead of scaling.
-    values = np.asarray(image).astype(np.float64)  # [h, w]
-    top = 1.0 if image.mode == "F" else 65535.0
-    if not (values.min() >= 0 and values.max() <= top):  # also refuses nan
-        raise LayoutError(
-            f"{path}: has values from {values.min():g} to {values.max():g} where 0 to {top:g} was "
-            "expected: save it as 8-bit or 16-bit grey"
-        )
-    grey = np.round(values * (255.0 / top)).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=-1)
-
-
-def _to_mask(image: Image.Image, path: Path) -> np.ndarray:
-    if image.mode == "P":
-        colours = np.array(image.convert("RGB"))  # [h, w, 3]
-        if np.ptp(colours, axis=-1).any():
-            black = ~colours.any(axis=-1)
-            return ~black if black.any() else np.asarray(image) != 0
-        values = colours[..., 0]
-    elif image.mode in ("L", "F") or image.mode.startswith("I"):
-        values = np.asarray(image)
-    else:
-        try:
-            rgba = np.array(image.convert("RGBA"))  # [h, w, 4]
-        except ValueError as error:
-            raise LayoutError(f"{path}: {error}: save the mask as 8-bit grey") from error
-        values, alpha = rgba[..., :3].max(axis=-1), rgba[..., 3]
-        if np.ptp(alpha):
-            # Either drawn in the alpha alone, over one colour, or a cut-out of colours.
-            values = np.minimum(values, alpha) if np.ptp(values) else alpha
-    peak = values.max()
-    if not np.isfinite(peak) or values.min() < 0:
-        raise LayoutError(f"{path}: has negative or non-finite values: save the mask as 8-bit grey")
-    if np.issubdtype(values.dtype, np.integer) and peak < _CLASS_NUMBERS_BELOW:
-        return values > 0
-    return values > peak / 2
-
-
-# Scanning a folder.
 
 
 def list_categories(data_dir: str | os.PathLike) -> tuple[str, ...]:
@@ -473,8 +338,8 @@ def _check(example: Example) -> _Checked:
     checked = _Checked()
     image = mask = None
     try:
-        opened = _open(example.image)
-        image = _to_rgb(opened, example.image)
+        opened = open_image(example.image)
+        image = to_rgb(opened, example.image)
         checked.size = image.shape[:2]
         checked.format = f"{opened.format} {opened.mode}"
         if image.max() <= 16:
