@@ -99,8 +99,8 @@ def halve(images: Array) -> Array:
 def embed_patches(images: Array, grid: PatchGrid) -> tuple[Array, Array]:
     """Returns descriptors of the overlapping patches of half-size images, and their positions.
 
-    A descriptor is a patch's pixels minus their mean, over their standard deviation plus 0.1 (in a
-    plain patch the noise must not count in full). At the edges the image is mirrored.
+    A descriptor is a patch's pixels minus their mean, over their standard deviation plus 0.1, so
+    that noise in a plain patch counts little. At the edges the image is mirrored.
 
     Returns:
       Descriptors [b, h / (2 stride), w / (2 stride), d], where d = patch * patch * c, and positions
@@ -253,8 +253,8 @@ def _distances_by_weight(
 ) -> tuple[Array, Array, Array]:
     """Returns distances for each weight of the position: [n, weights, patches], three of them.
 
-    Of good images; of good images as if their patches lay an eighth of the image further down and
-    to the right; of defective images. Two matrix products an image serve all weights.
+    Of good images; of good images as if they were moved by an eighth of their size; of defective
+    images. Two matrix products an image serve all weights.
     """
 
     def squared_distances(x: Array) -> Array:
@@ -349,47 +349,48 @@ def build(
       options: `config.memory_bank`.
       coords: the position of a patch counts.
       make_examples: images and ids to training examples, `good`, `defective` (float in [0, 1]) and
-        `masks`: what the position's weight is selected by.
+        `masks`: the position's weight is selected by them.
     """
     grid = PatchGrid(options["patch"], options["stride"])
     in_bank, in_calibration = split_bank_images(
         image_ids, num_images=options["num_bank_images"], seed=seed
     )
-    calibration = np.asarray(images[in_calibration], np.float32) / 255
-    weight = None  # the same at both scales
+    weight = 0.0
+    if coords:
+        # As in training: augmented images, random patches of one side against the other.
+        both = np.concatenate([in_bank, in_calibration])
+        examples = make_examples(images[both], image_ids[both])
+        good = np.round(255 * examples["good"][: len(in_bank)]).astype(np.uint8)
+        rng = np.random.default_rng([seed, 0, 5])
+        bank = _candidates(rng, good, image_ids[in_bank], options, coords=True, halvings=0)
+        drawn = rng.permutation(len(bank.patches))[np.arange(options["size"]) % len(bank.patches)]
+        weight = select_position_weight(
+            _subset(bank, drawn),
+            *(examples[name][len(in_bank) :] for name in ("good", "defective", "masks")),
+            weights=options["position_weights"],
+            grid=grid,
+        )
+
     scales = []
+    calibration = np.asarray(images[in_calibration], np.float32) / 255
     for halvings in (0, 1):
+        # The images as they are: augmentation blurs them, and those to be judged are not blurred.
         rng = np.random.default_rng([seed, 0, 3 + halvings])
-        bank, candidates = _random_bank(
+        bank = _candidates(
             rng, images[in_bank], image_ids[in_bank], options, coords=coords, halvings=halvings
         )
-        if weight is None:
-            weight = 0.0
-            if coords:
-                examples = make_examples(images[in_calibration], image_ids[in_calibration])
-                names = ("good", "defective", "masks")
-                weight = select_position_weight(
-                    bank,
-                    *(examples[name] for name in names),
-                    weights=options["position_weights"],
-                    grid=grid,
-                )
-        patches, patch_image_ids = candidates
-        patches[:, -2:] *= weight
+        bank.patches[:, -2:] *= weight
         with threadpool_limits(1):  # thousands of small products: threads would wait for each other
-            chosen = k_center_greedy(patches, options["size"])
-        bank = bank.replace(
-            patches=patches[chosen],
-            patch_image_ids=patch_image_ids[chosen],
-            position_scale=np.float32(weight * bank.position_scale),
-        )
+            chosen = k_center_greedy(bank.patches, options["size"])
+        bank = _subset(bank, chosen)
+        bank = bank.replace(position_scale=np.float32(weight * bank.position_scale))
         scaled = jax.jit(halve)(calibration) if halvings else calibration
         one_image = len(np.unique(image_ids)) == 1
         scales.append(_calibrate(bank, None if one_image else scaled, grid=grid))
     return MemoryBank(fine=scales[0], coarse=scales[1])
 
 
-def _random_bank(
+def _candidates(
     rng: np.random.Generator,
     images: np.ndarray,
     image_ids: np.ndarray,
@@ -397,14 +398,14 @@ def _random_bank(
     *,
     coords: bool,
     halvings: int,
-) -> tuple[PatchBank, tuple[np.ndarray, np.ndarray]]:
-    """Returns a bank of random patches, and the candidates for a coreset: patches, image ids.
+) -> PatchBank:
+    """Returns a bank of all candidates for the coreset: random patches, none drawn twice.
 
     Positions count with weight 1: as much as all of a descriptor varies.
     """
-    size, cell = options["size"], 2 * options["stride"] * 2**halvings
+    cell = 2 * options["stride"] * 2**halvings
     num_patches = (images.shape[1] // cell) * (images.shape[2] // cell)
-    each = min(num_patches, -(-size * options["candidates_per_patch"] // len(images)))
+    each = min(num_patches, -(-options["size"] * options["candidates_per_patch"] // len(images)))
     positions = np.tile(np.arange(num_patches, dtype=np.int32), (len(images), 1))
     mean, basis, variance, codes, positions = map(
         np.asarray,
@@ -417,19 +418,19 @@ def _random_bank(
         ),
     )
     position_scale = np.float32(coords * np.sqrt(variance))
-    patches = np.concatenate([codes, position_scale * positions], axis=-1)
-    patch_image_ids = np.repeat(image_ids, each)
-    drawn = rng.permutation(len(patches))[np.arange(size) % len(patches)]
-    bank = PatchBank(
+    return PatchBank(
         mean=mean,
         basis=basis,
-        patches=patches[drawn],
-        patch_image_ids=patch_image_ids[drawn],
+        patches=np.concatenate([codes, position_scale * positions], axis=-1),
+        patch_image_ids=np.repeat(image_ids, each),
         position_scale=position_scale,
         distance_mean=np.float32(0),
         distance_std=np.float32(1),
     )
-    return bank, (patches, patch_image_ids)
+
+
+def _subset(bank: PatchBank, rows: np.ndarray) -> PatchBank:
+    return bank.replace(patches=bank.patches[rows], patch_image_ids=bank.patch_image_ids[rows])
 
 
 def _calibrate(bank: PatchBank, images: Array | None, *, grid: PatchGrid) -> PatchBank:
