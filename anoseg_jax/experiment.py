@@ -13,11 +13,12 @@ from ml_collections import ConfigDict
 from anoseg_jax import options, shards
 from anoseg_jax.deploy.predictor import Predictor
 from anoseg_jax.evaluation import evaluate, external_maps
+from anoseg_jax.evaluation.results import summary, write_category, write_evaluation, write_results
 from anoseg_jax.images import batches, input_pipeline
 from anoseg_jax.interop import replay
 from anoseg_jax.method import detector, train
 from anoseg_jax.report import ablation, pages, pictures
-from anoseg_jax.running import checkpoint, distributed, loop, train_log
+from anoseg_jax.running import checkpoint, distributed, files, loop, train_log
 
 Splits = tuple[Any, Any]  # (train, test): tf.data sets, see input_pipeline.load_arrays
 
@@ -73,8 +74,8 @@ def run_maps(config: ConfigDict, folder: Path, splits: Splits) -> dict:
             native_masks=masks,
         )
     if distributed.is_main_process():
-        evaluate.write_text(folder / "config.json", config.to_json(indent=2) + "\n")
-        evaluate.write_evaluation(folder, evaluation, arrays)
+        files.write_text(folder / "config.json", config.to_json(indent=2) + "\n")
+        write_evaluation(folder, evaluation, arrays)
         pictures.write_pictures(folder / "pictures", evaluation, arrays, config.evaluate.pictures)
     return evaluation.results
 
@@ -121,7 +122,7 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
             top_fraction=config.evaluate.top_fraction,
             native_masks=masks,
         )
-    evaluate.write_evaluation(folder, evaluation, arrays)
+    write_evaluation(folder, evaluation, arrays)
     pictures.write_pictures(folder / "pictures", evaluation, arrays, config.evaluate.pictures)
     return evaluation.results
 
@@ -174,10 +175,10 @@ def run_seed(
             continue
         made = {"config": config.to_json(), "command": command}
         if distributed.is_main_process() and alone:
-            evaluate.write_results(workdir, name, results, **made)
+            write_results(workdir, name, results, **made)
         elif distributed.is_main_process():
-            evaluate.write_category(folder, results, **made)
-        print(evaluate.summary(name, results), flush=True)
+            write_category(folder, results, **made)
+        print(summary(name, results), flush=True)
     if distributed.is_main_process() and alone and len(failures) < len(splits):
         pages.write_run(workdir)
         print(f"results: {workdir}/results.md; pictures and curves: {workdir}/report.html")

@@ -13,8 +13,8 @@ from etils.epath import Path
 from ml_collections import ConfigDict
 
 from anoseg_jax import UsageError
-from anoseg_jax.evaluation import evaluate
-from anoseg_jax.report import ablation, compare, pages
+from anoseg_jax.evaluation.results import assemble, read_results, write_everything
+from anoseg_jax.report import ablation, pages, runs
 
 Unit = tuple[str, int | None, str]  # variant ("" without any), seed (None without any), category
 
@@ -59,12 +59,12 @@ def write_mean(workdir: Path, seeds: Sequence[int]) -> bool:
     """Writes results.json and .md of the mean over those seeds that have one; False without any."""
     folders = {seed: folder_of(workdir, seed=seed) for seed in seeds}
     results = {
-        seed: evaluate.read_results(folder)
+        seed: read_results(folder)
         for seed, folder in folders.items()
         if (folder / "results.json").exists()
     }
     if results:
-        evaluate.write_everything(workdir, compare.mean_over_seeds(results))
+        write_everything(workdir, runs.mean_over_seeds(results))
     return bool(results)
 
 
@@ -97,7 +97,7 @@ def merge(workdir: Path) -> list[str]:
     for variant in plan["variants"] or [""]:
         for seed in plan["seeds"] or [None]:
             folder = folder_of(workdir, variant, seed)
-            found = evaluate.assemble(folder, plan["categories"])
+            found = assemble(folder, plan["categories"])
             missing += [
                 f"{folder / name}: has no results.json: its job failed, or is not done"
                 for name in plan["categories"]

@@ -6,6 +6,7 @@ import pytest
 
 from anoseg_jax import experiment
 from anoseg_jax.evaluation import evaluate
+from anoseg_jax.evaluation.results import mean_of
 from anoseg_jax.report import ablation
 from configs import test as test_config
 
@@ -27,7 +28,7 @@ def write(folder, values):
     """Writes results.json of {category: value}."""
     folder.mkdir(parents=True)
     categories = {name: results_of(value) for name, value in values.items()}
-    text = json.dumps({"categories": categories, "mean": evaluate.mean_of(categories)})
+    text = json.dumps({"categories": categories, "mean": mean_of(categories)})
     (folder / "results.json").write_text(text)
 
 

@@ -1,4 +1,4 @@
-"""Trivial baselines, on numbers that can be worked by hand."""
+"""Trivial baselines against numbers worked by hand."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_pca_of_patches_by_hand():
     np.testing.assert_allclose(baselines.pca_patches(flat(20, 20), flat(71)), 0.04, rtol=1e-4)
 
 
-def test_every_pixel_is_in_a_patch_and_the_bump_is_found():
+def test_patches_cover_every_pixel_and_detect_an_outlier():
     rng = np.random.default_rng(0)
     train = rng.integers(90, 110, (4, 37, 21, 3), np.uint8)
     test = rng.integers(90, 110, (1, 37, 21, 3), np.uint8)

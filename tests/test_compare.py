@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anoseg_jax.evaluation import evaluate, metrics
-from anoseg_jax.report import compare
+from anoseg_jax.evaluation import evaluate, metrics, pixel_tables
+from anoseg_jax.evaluation.results import as_markdown, mean_of, write_evaluation, write_results
+from anoseg_jax.report import compare, intervals
+from anoseg_jax.report.runs import histograms, mean_over_seeds
 
 ROOT = Path(__file__).resolve().parents[1]
 PIXEL = ("pixel_auroc", "pixel_ap", "iou", "pixel_f1_max", "au_pro", "au_pro_0.05")
@@ -35,7 +37,7 @@ def eight_bits(maps):
 def results_of(maps, masks, labels, has_mask=None):
     known = np.ones(len(maps), bool) if has_mask is None else has_mask
     pixel = metrics.segmentation_metrics(
-        maps, [mask if there else None for mask, there in zip(masks, known, strict=True)]
+        maps, [mask if is_known else None for mask, is_known in zip(masks, known, strict=True)]
     )
     image = metrics.image_metrics(maps.mean(axis=(1, 2)), labels)
     both = image | pixel
@@ -50,13 +52,13 @@ def results_of(maps, masks, labels, has_mask=None):
 
 
 def write_category(workdir, name, maps, masks, labels, *, names=None, has_mask=None, change=None):
-    """Writes what evaluate.write_results and write_evaluation do, of any maps."""
+    """Writes the files of results.write_results and write_evaluation for any maps."""
     folder = workdir / name
     folder.mkdir(parents=True)
     path = workdir / "results.json"
     categories = json.loads(path.read_text())["categories"] if path.exists() else {}
     categories[name] = results_of(maps, masks, labels, has_mask) | (change or {})
-    everything = {"categories": categories, "mean": evaluate.mean_of(categories)}
+    everything = {"categories": categories, "mean": mean_of(categories)}
     path.write_text(json.dumps(everything))
     names = names or [f"test/{index:03d}.png" for index in range(len(maps))]
     known = np.ones(len(maps), bool) if has_mask is None else has_mask
@@ -101,13 +103,13 @@ def test_histograms_equal_the_metrics_of_repeated_8_bit_maps(kind):
     _, masks, labels = scene(noise=0.1, n=10)
     maps = MAPS[kind](rng, masks.shape).astype(np.uint8)
     maps[masks] = np.maximum(maps[masks], maps[masks][::-1])  # better than chance
-    counts = compare.histograms(maps, masks)
-    for weights in compare.resample_weights(labels, 5, rng):
-        found, _ = compare.histogram_metrics(np.tensordot(weights, counts, 1))
+    counts = histograms(maps, masks)
+    for weights in intervals.resample_weights(labels, 5, rng):
+        from_histograms, _ = intervals.histogram_metrics(np.tensordot(weights, counts, 1))
         again = np.repeat(np.arange(len(maps)), weights.astype(int))
         exact = metrics.segmentation_metrics(maps[again].astype(np.float32) / 255, masks[again])
         for name in metrics.PIXEL_METRICS:
-            assert found[name] == pytest.approx(exact[name], abs=1e-12), name
+            assert from_histograms[name] == pytest.approx(exact[name], abs=1e-12), name
 
 
 def test_histograms_by_hand():
@@ -116,34 +118,34 @@ def test_histograms_by_hand():
     masks[0, 0, 0] = masks[0, 1, 1] = masks[0, 2, 3] = True
     maps = np.zeros((1, 3, 4), np.uint8)
     maps[0, 0, 0], maps[0, 1, 1], maps[0, 2, 3], maps[0, 0, 3] = 9, 255, 255, 9
-    normal, defect, regions = compare.histograms(maps, masks)[0]
+    normal, defect, regions = histograms(maps, masks)[0]
     assert normal[0] == 8 and normal[9] == 1 and normal.sum() == 9
     assert defect[9] == 1 and defect[255] == 2 and defect.sum() == 3
     assert regions[9] == 0.5 and regions[255] == 1.5 and regions.sum() == 2
 
 
 def test_no_defect_pixels_is_none():
-    assert compare.histogram_metrics(np.eye(3, 256)[[0, 1, 1]] * [[1], [0], [0]]) is None
+    assert intervals.histogram_metrics(np.eye(3, 256)[[0, 1, 1]] * [[1], [0], [0]]) is None
 
 
 def test_eight_bits_move_a_metric_by_no_more_than_the_bound():
     for seed, noise in enumerate((0.1, 0.2, 0.4)):
         maps, masks, _ = scene(noise=noise, seed=seed)
         maps = maps**4  # crowded at 0, as trained maps are
-        counts = compare.histograms(eight_bits(maps), masks).sum(axis=0)
-        found, bounds = compare.histogram_metrics(counts)
+        counts = histograms(eight_bits(maps), masks).sum(axis=0)
+        from_histograms, bounds = intervals.histogram_metrics(counts)
         exact = metrics.segmentation_metrics(maps, masks)
         for name in PIXEL:
-            assert abs(found[name] - exact[name]) <= bounds[name] + 1e-12, name
+            assert abs(from_histograms[name] - exact[name]) <= bounds[name] + 1e-12, name
         assert bounds["pixel_auroc"] > 0
 
 
 def test_image_auroc_equals_that_of_repeated_images():
     rng = np.random.default_rng(2)
     scores, labels = rng.integers(0, 8, 30) / 8, rng.random(30) < 0.4
-    weights = compare.resample_weights(labels, 20, rng)
-    found = compare.image_auroc(scores, labels, weights)
-    for row, value in zip(weights.astype(int), found, strict=True):
+    weights = intervals.resample_weights(labels, 20, rng)
+    aurocs = intervals.image_auroc(scores, labels, weights)
+    for row, value in zip(weights.astype(int), aurocs, strict=True):
         exact = metrics.image_metrics(np.repeat(scores, row), np.repeat(labels, row))
         assert value == pytest.approx(exact["image_auroc"], abs=1e-12)
 
@@ -152,7 +154,7 @@ def test_image_auroc_by_hand():
     """Pairs: 3 > 1, 3 > 2, 2 > 1, 2 = 2: 3.5 of 4; with the good 2 twice and no 1: 3 of 4."""
     scores, labels = np.array([1.0, 2.0, 2.0, 3.0]), np.array([False, False, True, True])
     weights = np.array([[1, 1, 1, 1], [0, 2, 1, 1]], float)
-    assert compare.image_auroc(scores, labels, weights).tolist() == [3.5 / 4, 3 / 4]
+    assert intervals.image_auroc(scores, labels, weights).tolist() == [3.5 / 4, 3 / 4]
 
 
 # Resampling and intervals.
@@ -160,7 +162,7 @@ def test_image_auroc_by_hand():
 
 def test_a_resample_has_as_many_of_each_stratum():
     strata = np.array([0, 1, 0, 1, 1, 2])
-    weights = compare.resample_weights(strata, 50, np.random.default_rng(0))
+    weights = intervals.resample_weights(strata, 50, np.random.default_rng(0))
     assert weights.shape == (51, 6) and (weights[0] == 1).all()
     for stratum in range(3):
         assert (weights[:, strata == stratum].sum(axis=1) == (strata == stratum).sum()).all()
@@ -174,30 +176,30 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     covered = 0
     for _ in range(200):
         scores = rng.standard_normal(80) + labels
-        weights = compare.resample_weights(labels, 300, rng)
-        low, high = np.quantile(compare.image_auroc(scores, labels, weights)[1:], [0.025, 0.975])
+        weights = intervals.resample_weights(labels, 300, rng)
+        low, high = np.quantile(intervals.image_auroc(scores, labels, weights)[1:], [0.025, 0.975])
         covered += low <= 0.76025 <= high
     assert 0.90 <= covered / 200 <= 0.98
 
 
 def test_a_clearly_better_run_is_marked_and_the_reverse_too(two_runs):
-    found = compare.compare(two_runs, bootstrap=200)
-    assert found["metrics"] == list(evaluate.METRICS) and found["baseline"] == "A"
-    values = found["categories"]["screw"]["values"]
-    for metric, difference in found["categories"]["screw"]["differences"]["B"].items():
+    comparison = compare.compare(two_runs, bootstrap=200)
+    assert comparison["metrics"] == list(evaluate.METRICS) and comparison["baseline"] == "A"
+    values = comparison["categories"]["screw"]["values"]
+    for metric, difference in comparison["categories"]["screw"]["differences"]["B"].items():
         assert difference["clear"] == "better" or metric == "image_auroc", metric
         assert difference["value"] == values["B"][metric]["value"] - values["A"][metric]["value"]
         assert difference["interval"][0] <= difference["value"] <= difference["interval"][1]
-    assert "better**" in compare.as_markdown(found)
+    assert "better**" in compare.as_markdown(comparison)
     reverse = compare.compare(two_runs, baseline=1, bootstrap=200)["categories"]["screw"]
     assert reverse["differences"]["A"]["pixel_ap"]["clear"] == "worse"
 
 
 def test_values_are_those_of_results_json_with_the_interval_around(two_runs):
-    found = compare.compare(two_runs, bootstrap=200)["categories"]["screw"]["values"]
+    values = compare.compare(two_runs, bootstrap=200)["categories"]["screw"]["values"]
     for run in two_runs:
         exact = json.loads((run / "results.json").read_text())["categories"]["screw"]
-        for metric, value in found[run.name].items():
+        for metric, value in values[run.name].items():
             assert value["value"] == exact[metric] and value["std"] is None
             assert value["interval"][0] <= exact[metric] <= value["interval"][1]
             assert value["error"] <= value["bound"] + 1e-9 and value["reason"] is None
@@ -209,8 +211,8 @@ def test_a_run_and_itself_differ_by_exactly_nothing(two_runs):
     names = [f"test/{index:03d}.png" for index in range(24)][::-1]
     same = write_category(two_runs[0].parent / "same", "screw", maps, masks, labels, names=names)
     for runs in ([two_runs[0], two_runs[0]], [two_runs[0], same]):
-        found = compare.compare(runs, bootstrap=50)
-        (differences,) = found["categories"]["screw"]["differences"].values()
+        comparison = compare.compare(runs, bootstrap=50)
+        (differences,) = comparison["categories"]["screw"]["differences"].values()
         for metric, difference in differences.items():
             assert abs(difference["value"]) < 1e-12 and difference["clear"] is None
             assert np.abs(difference["interval"]).max() < 1e-12, metric
@@ -231,16 +233,16 @@ def test_the_mean_is_over_categories_and_its_interval_narrower(tmp_path):
         for index, category in enumerate(("screw", "tile")):
             write_category(tmp_path / name, category, *scene(noise=noise, seed=index))
         runs.append(tmp_path / name)
-    found = compare.compare(runs, bootstrap=100)
+    comparison = compare.compare(runs, bootstrap=100)
     for metric in evaluate.METRICS:
-        of = [category["values"]["A"][metric] for category in found["categories"].values()]
-        mean = found["mean"]["values"]["A"][metric]
+        of = [category["values"]["A"][metric] for category in comparison["categories"].values()]
+        mean = comparison["mean"]["values"]["A"][metric]
         assert mean["value"] == pytest.approx(np.mean([value["value"] for value in of]))
         assert mean["of"] == 2
         widths = [np.ptp(value["interval"]) for value in of]
         assert np.ptp(mean["interval"]) < max(widths)
-    assert found["mean"]["differences"]["B"]["pixel_ap"]["clear"] == "better"
-    assert "| **mean** |" in compare.as_markdown(found)
+    assert comparison["mean"]["differences"]["B"]["pixel_ap"]["clear"] == "better"
+    assert "| **mean** |" in compare.as_markdown(comparison)
 
 
 def test_seeds_are_found_and_their_spread_is_given(tmp_path):
@@ -249,14 +251,14 @@ def test_seeds_are_found_and_their_spread_is_given(tmp_path):
         for seed, noise in zip((10, 2, 1), noises, strict=False):
             folder = tmp_path / name / f"seed_{seed}"
             write_category(folder, "screw", *scene(noise=noise))
-    found = compare.compare([tmp_path / "A", tmp_path / "B"], bootstrap=100)
-    assert found["runs"]["A"]["seeds"] == ["1", "2", "10"]
-    value = found["categories"]["screw"]["values"]["A"]["pixel_ap"]
+    comparison = compare.compare([tmp_path / "A", tmp_path / "B"], bootstrap=100)
+    assert comparison["runs"]["A"]["seeds"] == ["1", "2", "10"]
+    value = comparison["categories"]["screw"]["values"]["A"]["pixel_ap"]
     assert value["value"] == pytest.approx(np.mean(value["seeds"]))
     assert value["std"] == pytest.approx(np.std(value["seeds"], ddof=1))
     assert value["interval"][0] < value["value"] < value["interval"][1]
-    assert found["categories"]["screw"]["values"]["B"]["pixel_ap"]["std"] is None
-    assert " ± " in compare.as_markdown(found)
+    assert comparison["categories"]["screw"]["values"]["B"]["pixel_ap"]["std"] is None
+    assert " ± " in compare.as_markdown(comparison)
     (tmp_path / "A" / "seed_2" / "results.json").unlink()
     with pytest.raises(compare.CompareError, match=r"seed_2 has no results.json"):
         compare.compare([tmp_path / "A", tmp_path / "B"])
@@ -269,13 +271,13 @@ def test_other_images_are_said_and_not_paired(two_runs):
     maps, masks, labels = scene(noise=0.2)
     names = [f"test/{index:03d}.png" for index in range(1, 25)]
     other = write_category(two_runs[0].parent / "C", "screw", maps, masks, labels, names=names)
-    found = compare.compare([two_runs[0], other], bootstrap=20)
-    difference = found["categories"]["screw"]["differences"]["C"]["iou"]
+    comparison = compare.compare([two_runs[0], other], bootstrap=20)
+    difference = comparison["categories"]["screw"]["differences"]["C"]["iou"]
     assert difference["value"] > 0 and difference["interval"] is None and not difference["clear"]
     assert difference["reason"].startswith("not the same images: 1 only in the one, 1 only in")
-    assert found["categories"]["screw"]["values"]["C"]["iou"]["interval"] is not None
-    assert found["mean"]["differences"]["C"]["iou"]["interval"] is None
-    assert "not the same images: 1 only" in compare.as_markdown(found)
+    assert comparison["categories"]["screw"]["values"]["C"]["iou"]["interval"] is not None
+    assert comparison["mean"]["differences"]["C"]["iou"]["interval"] is None
+    assert "not the same images: 1 only" in compare.as_markdown(comparison)
 
 
 @pytest.mark.parametrize("what", ("masks", "labels"))
@@ -286,8 +288,8 @@ def test_another_truth_is_said_and_not_paired(two_runs, what):
     else:
         labels[0] = True
     other = write_category(two_runs[0].parent / "C", "screw", maps, masks, labels)
-    found = compare.compare([two_runs[0], other], bootstrap=20)["categories"]["screw"]
-    reason = found["differences"]["C"]["iou"]["reason"]
+    screw = compare.compare([two_runs[0], other], bootstrap=20)["categories"]["screw"]
+    reason = screw["differences"]["C"]["iou"]["reason"]
     assert reason.startswith("not the same truth") and what[:4] in reason
 
 
@@ -295,24 +297,24 @@ def test_none_is_a_dash_with_its_reason(two_runs):
     maps, masks, labels = scene(noise=0.2)
     has_mask = ~labels  # no defect is annotated
     bare = write_category(two_runs[0].parent / "C", "screw", maps, masks, labels, has_mask=has_mask)
-    found = compare.compare([two_runs[0], bare], bootstrap=20)
-    value = found["categories"]["screw"]["values"]["C"]["iou"]
-    assert value["value"] is None and value["reason"] == metrics._NO_DEFECTS
-    difference = found["categories"]["screw"]["differences"]["C"]["iou"]
+    comparison = compare.compare([two_runs[0], bare], bootstrap=20)
+    value = comparison["categories"]["screw"]["values"]["C"]["iou"]
+    assert value["value"] is None and value["reason"] == pixel_tables.NO_DEFECTS
+    difference = comparison["categories"]["screw"]["differences"]["C"]["iou"]
     assert difference["value"] is None and difference["reason"] == "no value in C"
-    assert found["mean"]["values"]["A"]["iou"]["value"] is None
-    table = compare.as_markdown(found)
+    assert comparison["mean"]["values"]["A"]["iou"]["value"] is None
+    table = compare.as_markdown(comparison)
     assert "| - | - |" in table
     assert "C, no value of pixel_auroc, pixel_ap, iou, pixel_f1_max, au_pro: no defect" in table
-    assert found["categories"]["screw"]["values"]["C"]["image_auroc"]["interval"] is not None
+    assert comparison["categories"]["screw"]["values"]["C"]["image_auroc"]["interval"] is not None
 
 
 def test_images_without_a_mask_count_in_image_metrics_only(tmp_path):
     maps, masks, labels = scene(noise=0.1)
     has_mask = np.arange(24) % 3 > 0
     run = write_category(tmp_path / "A", "screw", maps, masks, labels, has_mask=has_mask)
-    found = compare.compare([run, run], bootstrap=20)["categories"]["screw"]["values"]
-    for value in next(iter(found.values())).values():
+    values = compare.compare([run, run], bootstrap=20)["categories"]["screw"]["values"]
+    for value in next(iter(values.values())).values():
         assert value["interval"] is not None and value["error"] < 0.01
 
 
@@ -322,10 +324,10 @@ def test_files_that_do_not_fit_give_no_interval_and_no_exception(two_runs):
     whole = path.read_bytes()
 
     def reason():
-        found = compare.compare(two_runs, bootstrap=5)["categories"]["screw"]
-        value = found["values"]["B"]["iou"]
+        screw = compare.compare(two_runs, bootstrap=5)["categories"]["screw"]
+        value = screw["values"]["B"]["iou"]
         assert value["value"] is not None and value["interval"] is None
-        assert found["differences"]["B"]["iou"]["value"] is not None
+        assert screw["differences"]["B"]["iou"]["value"] is not None
         return value["reason"]
 
     maps, masks, _ = scene(noise=0.1)
@@ -344,17 +346,21 @@ def test_maps_too_low_for_8_bits_give_no_interval(two_runs):
     """All below half of 1 / 255: the levels are all 0, the metric is far from 0.5."""
     maps, masks, labels = scene(noise=0.1)
     low = write_category(two_runs[0].parent / "C", "screw", maps / 1000, masks, labels)
-    found = compare.compare([two_runs[0], low], bootstrap=5)["categories"]["screw"]["values"]["C"]
-    assert found["pixel_auroc"]["reason"].startswith("the files of its images give 0.5000, results")
-    assert found["image_auroc"]["interval"] is not None
+    values = compare.compare([two_runs[0], low], bootstrap=5)["categories"]["screw"]["values"]["C"]
+    assert values["pixel_auroc"]["reason"].startswith(
+        "the files of its images give 0.5000, results"
+    )
+    assert values["image_auroc"]["interval"] is not None
 
 
 def test_categories_missing_in_a_run_are_listed(two_runs):
     write_category(two_runs[0], "tile", *scene(noise=0.2))
-    found = compare.compare(two_runs, bootstrap=5)
-    assert list(found["categories"]) == ["screw"]
-    assert found["runs"]["A"]["missing"] == [] and found["runs"]["B"]["missing"] == ["tile"]
-    assert "- B lacks tile" in compare.as_markdown(found)
+    comparison = compare.compare(two_runs, bootstrap=5)
+    assert list(comparison["categories"]) == ["screw"]
+    assert comparison["runs"]["A"]["missing"] == [] and comparison["runs"]["B"]["missing"] == [
+        "tile"
+    ]
+    assert "- B lacks tile" in compare.as_markdown(comparison)
 
 
 def test_errors_are_one_line(two_runs, tmp_path):
@@ -403,18 +409,18 @@ def test_the_files_of_evaluate_are_read(tmp_path):
     }
     evaluation = evaluate.evaluate(Predictor(), [batch])
     (tmp_path / "A" / "screw").mkdir(parents=True)
-    evaluate.write_results(tmp_path / "A", "screw", evaluation.results, config="{}", command="")
-    evaluate.write_evaluation(tmp_path / "A" / "screw", evaluation, batch)
-    found = compare.compare([tmp_path / "A", tmp_path / "A"], bootstrap=20)
-    for value in next(iter(found["categories"]["screw"]["values"].values())).values():
+    write_results(tmp_path / "A", "screw", evaluation.results, config="{}", command="")
+    write_evaluation(tmp_path / "A" / "screw", evaluation, batch)
+    comparison = compare.compare([tmp_path / "A", tmp_path / "A"], bootstrap=20)
+    for value in next(iter(comparison["categories"]["screw"]["values"].values())).values():
         assert value["error"] < 1e-6 and value["interval"] is not None
 
 
 def test_what_is_written_is_the_comparison(two_runs, tmp_path):
-    found = compare.compare(two_runs, bootstrap=5)
-    compare.write(found, tmp_path / "W")
-    assert json.loads((tmp_path / "W" / "comparison.json").read_text()) == found
-    assert (tmp_path / "W" / "comparison.md").read_text() == compare.as_markdown(found)
+    comparison = compare.compare(two_runs, bootstrap=5)
+    compare.write(comparison, tmp_path / "W")
+    assert json.loads((tmp_path / "W" / "comparison.json").read_text()) == comparison
+    assert (tmp_path / "W" / "comparison.md").read_text() == compare.as_markdown(comparison)
     assert sorted(path.name for path in (tmp_path / "W").iterdir()) == [
         "comparison.json",
         "comparison.md",
@@ -451,12 +457,12 @@ def seed_results(iou, *, auroc=0.5, sha="a", **more):
         **more,
     }
     categories = {"screw": category}
-    return {"categories": categories, "mean": evaluate.mean_of(categories), "device": "cpu"}
+    return {"categories": categories, "mean": mean_of(categories), "device": "cpu"}
 
 
 def test_mean_over_seeds_by_hand():
-    found = compare.mean_over_seeds({1: seed_results(0.4, sha="b"), 0: seed_results(0.2)})
-    screw = found["categories"]["screw"]
+    combined = mean_over_seeds({1: seed_results(0.4, sha="b"), 0: seed_results(0.2)})
+    screw = combined["categories"]["screw"]
     assert screw["iou"] == pytest.approx(0.3)
     assert screw["iou_std"] == pytest.approx(np.sqrt(2 * 0.1**2))
     assert screw["image_auroc"] == 0.5 and screw["image_auroc_std"] == 0
@@ -466,59 +472,59 @@ def test_mean_over_seeds_by_hand():
     assert screw["defect_types"]["dent"]["images"] == 3
     assert screw["defect_types"]["dent"]["iou"] == pytest.approx(0.3)
     assert screw["not_available"] == {}
-    assert found["seeds"] == [0, 1] and found["device"] == "cpu"
-    assert found["mean"]["iou"] == pytest.approx(0.3)
-    assert found["mean"]["iou_std"] == screw["iou_std"]
+    assert combined["seeds"] == [0, 1] and combined["device"] == "cpu"
+    assert combined["mean"]["iou"] == pytest.approx(0.3)
+    assert combined["mean"]["iou_std"] == screw["iou_std"]
 
 
 def test_mean_over_seeds_is_results_in_shape():
-    found = compare.mean_over_seeds({seed: seed_results(0.1 * seed) for seed in range(3)})
-    assert evaluate.mean_of(found["categories"]) == {m: found["mean"][m] for m in evaluate.METRICS}
-    assert "| screw | 0.5000 ± 0.0000 |" in evaluate.as_markdown(found)
-    assert "0.1000 ± 0.1000" in evaluate.as_markdown(found)
-    json.dumps(found, allow_nan=False)
+    combined = mean_over_seeds({seed: seed_results(0.1 * seed) for seed in range(3)})
+    assert mean_of(combined["categories"]) == {m: combined["mean"][m] for m in evaluate.METRICS}
+    assert "| screw | 0.5000 ± 0.0000 |" in as_markdown(combined)
+    assert "0.1000 ± 0.1000" in as_markdown(combined)
+    json.dumps(combined, allow_nan=False)
 
 
 def test_baselines_have_mean_and_spread_over_seeds():
     by_seed = {}
     for seed, iou in ((0, 0.2), (1, 0.4)):
         by_seed[seed] = seed_results(0.3)
-        found = dict.fromkeys(evaluate.METRICS, 0.1) | {"iou": iou, "image_auroc": None}
-        found["not_available"] = {"image_auroc": "no good images"}
-        by_seed[seed]["categories"]["screw"]["baselines"] = {"z_score": found}
-    both = compare.mean_over_seeds(by_seed)
+        aurocs = dict.fromkeys(evaluate.METRICS, 0.1) | {"iou": iou, "image_auroc": None}
+        aurocs["not_available"] = {"image_auroc": "no good images"}
+        by_seed[seed]["categories"]["screw"]["baselines"] = {"z_score": aurocs}
+    both = mean_over_seeds(by_seed)
     z_score = both["categories"]["screw"]["baselines"]["z_score"]
     assert z_score["iou"] == pytest.approx(0.3) and z_score["image_auroc"] is None
     assert z_score["not_available"]["image_auroc"] == "no good images"
-    assert "| z_score | - | 0.1000 ± 0.0000 |" in evaluate.as_markdown(both)
+    assert "| z_score | - | 0.1000 ± 0.0000 |" in as_markdown(both)
 
 
 def test_one_seed_has_no_spread():
-    found = compare.mean_over_seeds({7: seed_results(0.2)})
-    screw = found["categories"]["screw"]
+    combined = mean_over_seeds({7: seed_results(0.2)})
+    screw = combined["categories"]["screw"]
     assert screw["iou"] == 0.2 and screw["iou_std"] is None
     assert screw["not_available"]["iou_std"] == "one seed"
-    assert found["mean"]["iou_std"] is None and screw["params_sha256"] == ["a"]
+    assert combined["mean"]["iou_std"] is None and screw["params_sha256"] == ["a"]
 
 
 def test_a_metric_that_one_seed_lacks_has_no_mean():
-    found = compare.mean_over_seeds({0: seed_results(0.2), 3: seed_results(None)})
-    screw = found["categories"]["screw"]
+    combined = mean_over_seeds({0: seed_results(0.2), 3: seed_results(None)})
+    screw = combined["categories"]["screw"]
     assert screw["iou"] is None and screw["iou_std"] is None
     assert screw["not_available"] == {"iou": "seed 3: broken", "iou_std": "seed 3: broken"}
-    assert found["mean"]["iou"] is None and found["mean"]["iou_std"] is None
-    assert "- screw: iou: seed 3: broken" in evaluate.as_markdown(found)
-    both = compare.mean_over_seeds({0: seed_results(None), 3: seed_results(None)})
+    assert combined["mean"]["iou"] is None and combined["mean"]["iou_std"] is None
+    assert "- screw: iou: seed 3: broken" in as_markdown(combined)
+    both = mean_over_seeds({0: seed_results(None), 3: seed_results(None)})
     assert both["categories"]["screw"]["not_available"]["iou"] == "broken"
 
 
 def test_a_category_that_one_seed_lacks_names_the_others():
     more = seed_results(0.4)
     more["categories"]["tile"] = seed_results(0.6)["categories"]["screw"]
-    more["mean"] = evaluate.mean_of(more["categories"])
-    found = compare.mean_over_seeds({0: more, 1: seed_results(0.2)})
-    assert found["categories"]["tile"]["seeds"] == [0]
-    assert found["mean"]["iou"] == pytest.approx(0.45)
-    assert found["mean"]["iou_std"] is None  # the seeds' means are over other categories
+    more["mean"] = mean_of(more["categories"])
+    combined = mean_over_seeds({0: more, 1: seed_results(0.2)})
+    assert combined["categories"]["tile"]["seeds"] == [0]
+    assert combined["mean"]["iou"] == pytest.approx(0.45)
+    assert combined["mean"]["iou_std"] is None  # the seeds' means are over other categories
     with pytest.raises(compare.CompareError):
-        compare.mean_over_seeds({})
+        mean_over_seeds({})

@@ -1,4 +1,4 @@
-"""The page of a comparison: what two runs say of the same images, in order, in a browser."""
+"""The HTML page of a comparison: images, differences, and the layout in a browser."""
 
 import re
 import shutil
@@ -8,10 +8,11 @@ import pytest
 from test_report import Page, browser, open_page  # noqa: F401
 
 from anoseg_jax.evaluation import evaluate
-from anoseg_jax.report import compare, compare_page, pages
+from anoseg_jax.evaluation.results import write_evaluation, write_results
+from anoseg_jax.report import compare, compare_page, plots
 
 NUT = "nüt <b>#1"
-# Of eight images, the second half defective: the scores of two programs, on scales of their own.
+# Of eight images, the second half defective: the scores of two programs, on different scales.
 OURS = np.array([0.1, 0.2, 0.3, 0.4, 0.35, 0.6, 0.7, 0.8])
 THEIRS = np.array([-50.0, 90.0, -40.0, -30.0, 80.0, -45.0, 70.0, 60.0])
 
@@ -38,8 +39,8 @@ def write_run(workdir, scores, *, category=NUT, miss=None, size=16):
         maps, [arrays], scores=scores, maps_dir="M", image_size=(size, size), top_fraction=0.1
     )
     (workdir / category).mkdir(parents=True)
-    evaluate.write_evaluation(workdir / category, evaluation, arrays)
-    evaluate.write_results(workdir, category, evaluation.results, config="{}", command="c")
+    write_evaluation(workdir / category, evaluation, arrays)
+    write_results(workdir, category, evaluation.results, config="{}", command="c")
     return workdir
 
 
@@ -59,37 +60,37 @@ def page(runs, tmp_path_factory):
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    monkeypatch.setattr(pages, "draw_plot", lambda plot: "<svg></svg>")
+    monkeypatch.setattr(plots, "draw_plot", lambda plot: "<svg></svg>")
 
 
-def test_places_are_ranks_and_ties_share_them():
-    np.testing.assert_allclose(compare_page.places_of([5.0, -1.0, 5.0, 9.0]), [0.5, 0, 0.5, 1])
-    assert compare_page.places_of([3.0]) == [0]
+def test_ranks_are_from_0_to_1_and_ties_share_them():
+    np.testing.assert_allclose(compare_page.ranks_of([5.0, -1.0, 5.0, 9.0]), [0.5, 0, 0.5, 1])
+    assert compare_page.ranks_of([3.0]) == [0]
 
 
-def test_gains_are_by_place_and_by_iou(runs):
-    first, other = (compare_page.read_category(run, NUT) for run in runs)
-    images = {image.name[-5:-4]: image for image in compare_page.match(first, other)}
-    # Image 1 is good, and rose from the second lowest place of eight to the highest.
-    assert images["1"].places == (pytest.approx(1 / 7), 1.0)
+def test_gains_are_by_rank_and_by_iou(runs):
+    baseline, other = (compare_page.read_category(run, NUT) for run in runs)
+    images = {image.name[-5:-4]: image for image in compare_page.match(baseline, other)}
+    # Image 1 is good, and rose from the second lowest rank of eight to the highest.
+    assert images["1"].ranks == (pytest.approx(1 / 7), 1.0)
     assert compare_page.gain_by_score(images["1"]) == pytest.approx(-6 / 7)
-    # Image 4 is defective, and rose from the fourth place to the second highest.
+    # Image 4 is defective, and rose from the fourth rank to the second highest.
     assert compare_page.gain_by_score(images["4"]) == pytest.approx(3 / 7)
     assert compare_page.gain_by_map(images["6"]) == pytest.approx(-0.5, abs=0.01)
     assert compare_page.gain_by_map(images["5"]) == pytest.approx(0, abs=0.01)
     # At the best thresholds, 0.35 and 60: ours is wrong about the 0.4 of image 3.
     assert images["3"].right == (False, True) and images["0"].right == (True, True)
     counts = compare_page.count_right(list(images.values()))
-    assert counts == {"both": 5, "first": 2, "other": 1, "none": 0}
+    assert counts == {"both": 5, "baseline": 2, "other": 1, "none": 0}
 
 
 def test_the_images_farthest_apart_come_first(page):
     cards = Page(page).all("li", **{"class": "card"})
-    found = {
+    names = {
         kind: [a["data-name"] for a in cards if a["data-kind"] == kind] for kind in ("score", "map")
     }
-    assert found["score"][0] == "test/good/1.png" and len(found["score"]) == compare_page.SHOWN
-    assert found["map"][0] == "test/<i>dent/6.png"
+    assert names["score"][0] == "test/good/1.png" and len(names["score"]) == compare_page.SHOWN
+    assert names["map"][0] == "test/<i>dent/6.png"
     text = Page(page).text
     assert "1. test/good/1.png better in ours" in text
     assert "both right 5, only ours 2, only th<i>rs 1, both wrong 0" in text
@@ -100,10 +101,10 @@ def test_the_images_farthest_apart_come_first(page):
 
 def test_differences_and_their_intervals_are_those_of_the_comparison(page, runs):
     comparison = compare.compare(runs, bootstrap=20)
-    for metric, found in comparison["categories"][NUT]["differences"]["th<i>rs"].items():
-        low, high = found["interval"]
-        mark = {"worse": "▼ ", "better": "▲ ", None: ""}[found["clear"]]
-        assert f"{mark}{found['value']:+.4f} [{low:+.4f}, {high:+.4f}]" in Page(page).text, metric
+    for metric, entry in comparison["categories"][NUT]["differences"]["th<i>rs"].items():
+        low, high = entry["interval"]
+        mark = {"worse": "▼ ", "better": "▲ ", None: ""}[entry["clear"]]
+        assert f"{mark}{entry['value']:+.4f} [{low:+.4f}, {high:+.4f}]" in Page(page).text, metric
     assert "Too narrow, because of few test images: nüt <b>#1 (4 good" in Page(page).text
 
 

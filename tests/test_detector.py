@@ -11,6 +11,7 @@ import pytest
 
 from anoseg_jax.deploy.predictor import Predictor
 from anoseg_jax.evaluation import evaluate
+from anoseg_jax.evaluation.results import write_evaluation, write_results
 from anoseg_jax.images import batches
 from anoseg_jax.method import detector, memory_bank, models, predict, train
 from anoseg_jax.running import checkpoint, loop
@@ -228,8 +229,8 @@ def test_results_have_both_scores_and_those_that_are_asked_for_on_top(predictor,
         assert scores["detector"]["train_seconds"] > 0 and 0 < scores["detector"]["train_share"] < 1
     assert results_of["map"]["image_scores"] == results_of["detector"]["image_scores"]
     assert evaluation.images[0]["score_map"] != evaluation.images[0]["score_detector"]
-    evaluate.write_results(tmp_path, "bolt", results_of["map"], config="{}", command="")
-    evaluate.write_evaluation(tmp_path, evaluation, batch)
+    write_results(tmp_path, "bolt", results_of["map"], config="{}", command="")
+    write_evaluation(tmp_path, evaluation, batch)
     assert "| image_auroc of | map | detector |" in (tmp_path / "results.md").read_text()
     header = (tmp_path / "images.csv").read_text().splitlines()[0]
     assert header == "name,defect_type,label,has_mask,score,score_map,score_detector,iou"

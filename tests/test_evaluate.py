@@ -1,4 +1,4 @@
-"""Results: what is measured, what is not available, and the files."""
+"""Evaluation results: metrics, reasons for unavailable metrics, and the result files."""
 
 import csv
 import json
@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from anoseg_jax.evaluation import evaluate
+from anoseg_jax.evaluation.results import write_evaluation, write_results
 from anoseg_jax.method import predict, thresholds
 from anoseg_jax.report import pictures
 
 
 class FixedPredictor:
-    """Says of each image that its red channel is its anomaly map."""
+    """Returns the red channel of each image as its anomaly map."""
 
     image_size = (4, 4)
     weights_sha256 = "cafe"
@@ -46,8 +47,8 @@ CORNER[:2, :2] = True
 
 
 @pytest.fixture
-def found():
-    """Two good images, black, and a defective one whose map is right but for one extra pixel."""
+def small_batch():
+    """Two black good images, and a defective one whose map has one false-positive pixel."""
     red = 200 * CORNER.astype(np.uint8)
     red[3, 3] = 200
     nothing = np.zeros((4, 4), np.uint8)
@@ -59,8 +60,8 @@ def found():
     )
 
 
-def test_results_by_hand(found):
-    evaluation = evaluate.evaluate(FixedPredictor(), [found])
+def test_results_by_hand(small_batch):
+    evaluation = evaluate.evaluate(FixedPredictor(), [small_batch])
     results = evaluation.results
     assert results["image_auroc"] == 1.0
     assert results["iou"] == pytest.approx(4 / 5)
@@ -75,23 +76,23 @@ def test_results_by_hand(found):
     assert results["params_sha256"] == "cafe"
 
 
-def test_batches_do_not_change_the_results(found):
-    whole = evaluate.evaluate(FixedPredictor(), [found]).results
-    parts = [{key: values[i : i + 1] for key, values in found.items()} for i in range(3)]
-    assert evaluate.evaluate(FixedPredictor(), parts).results == whole
+def test_batches_do_not_change_the_results(small_batch):
+    whole = evaluate.evaluate(FixedPredictor(), [small_batch]).results
+    batches = [{key: values[i : i + 1] for key, values in small_batch.items()} for i in range(3)]
+    assert evaluate.evaluate(FixedPredictor(), batches).results == whole
 
 
-def test_without_masks_the_image_metrics_are_left_and_the_rest_has_a_reason(found):
-    found["has_mask"][2] = False
-    results = evaluate.evaluate(FixedPredictor(), [found]).results
+def test_without_masks_only_image_metrics_are_available(small_batch):
+    small_batch["has_mask"][2] = False
+    results = evaluate.evaluate(FixedPredictor(), [small_batch]).results
     assert results["image_auroc"] == 1.0
     assert results["pixel_auroc"] is None and results["pixel_auroc"] is None
     assert "defect" in results["not_available"]["pixel_auroc"]
     assert "image_auroc" not in results["not_available"]
 
 
-def test_good_images_alone_have_no_auroc(found):
-    good = {key: values[:2] for key, values in found.items()}
+def test_good_images_alone_have_no_auroc(small_batch):
+    good = {key: values[:2] for key, values in small_batch.items()}
     results = evaluate.evaluate(FixedPredictor(), [good]).results
     assert results["image_auroc"] is None and results["iou"] is None
     assert set(evaluate.METRICS) <= set(results["not_available"])
@@ -103,11 +104,11 @@ def test_no_test_images_at_all_are_null_with_a_reason():
     assert set(evaluate.METRICS) <= set(results["not_available"])
 
 
-def test_result_files_hold_all_categories_and_their_mean(found, tmp_path):
-    results = evaluate.evaluate(FixedPredictor(), [found]).results
+def test_result_files_hold_all_categories_and_their_mean(small_batch, tmp_path):
+    results = evaluate.evaluate(FixedPredictor(), [small_batch]).results
     worse = results | {"image_auroc": 0.5, "iou": None, "not_available": {"iou": "no masks"}}
-    evaluate.write_results(tmp_path, "bolt", results, config="{}", command="c")
-    evaluate.write_results(tmp_path, "nut", worse, config="{}", command="c")
+    write_results(tmp_path, "bolt", results, config="{}", command="c")
+    write_results(tmp_path, "nut", worse, config="{}", command="c")
     written = json.loads((tmp_path / "results.json").read_text())
     assert list(written["categories"]) == ["bolt", "nut"]
     assert written["mean"]["image_auroc"] == 0.75
@@ -118,21 +119,21 @@ def test_result_files_hold_all_categories_and_their_mean(found, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_what_reports_are_made_of_is_written_whole(found, tmp_path):
-    evaluation = evaluate.evaluate(FixedPredictor(), [found])
-    evaluate.write_evaluation(tmp_path, evaluation, found)
+def test_evaluation_files_are_written_completely(small_batch, tmp_path):
+    evaluation = evaluate.evaluate(FixedPredictor(), [small_batch])
+    write_evaluation(tmp_path, evaluation, small_batch)
     rows = list(csv.DictReader((tmp_path / "images.csv").open(newline="")))
-    assert [row["name"] for row in rows] == list(found["name"])
+    assert [row["name"] for row in rows] == list(small_batch["name"])
     assert rows[0]["iou"] == "" and float(rows[2]["iou"]) == pytest.approx(0.8)
     assert set(json.loads((tmp_path / "curves.json").read_text())) == {"roc", "pr", "pro", "iou"}
     with np.load(tmp_path / "evaluation.npz") as arrays:
-        np.testing.assert_array_equal(arrays["map"], found["image"][..., 0])
-        np.testing.assert_array_equal(arrays["mask"], found["mask"])
+        np.testing.assert_array_equal(arrays["map"], small_batch["image"][..., 0])
+        np.testing.assert_array_equal(arrays["mask"], small_batch["mask"])
     assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
 
 
-def test_each_defect_type_is_measured_against_all_good_images(found):
-    worse = {key: np.concatenate([values, values[2:]]) for key, values in found.items()}
+def test_each_defect_type_is_measured_against_all_good_images(small_batch):
+    worse = {key: np.concatenate([values, values[2:]]) for key, values in small_batch.items()}
     worse["defect_type"][3] = "scr"
     worse["image"][3] = 0  # a scratch that is not seen at all
     worse["has_mask"][3] = False
@@ -142,7 +143,7 @@ def test_each_defect_type_is_measured_against_all_good_images(found):
     assert types["scr"]["iou"] is None and types["scr"]["not_available"]["iou"]
 
 
-def test_pictures_are_of_the_best_the_worst_the_missed_and_the_mistaken(tmp_path):
+def test_pictures_show_best_worst_missed_and_false_alarms(tmp_path):
     flat, corner = np.ones((4, 4), np.uint8), CORNER.astype(np.uint8)
     images = batch(
         reds=[10 * flat, 10 * flat, 230 * flat, 250 * corner, 235 * flat, 220 * corner, 5 * flat],
@@ -165,19 +166,19 @@ def test_pictures_are_of_the_best_the_worst_the_missed_and_the_mistaken(tmp_path
     ]
 
 
-def test_thresholds_are_what_the_asked_for_share_of_good_pixels_and_images_reaches():
+def test_thresholds_match_the_requested_rates_on_good_images():
     maps = np.arange(1000.0).reshape(10, 10, 10) / 1000
-    made = thresholds.thresholds_from_good(
+    chosen = thresholds.thresholds_from_good(
         maps, maps.max(axis=(1, 2)), pixel_rate=0.01, image_rate=0.2
     )
-    assert np.mean(maps >= made["pixel"]["threshold"]) == pytest.approx(0.01)
-    assert np.sum(maps.max(axis=(1, 2)) >= made["image"]["threshold"]) == 2
-    assert made["image"]["images"] == 10 and "20.00%" in made["image"]["how"]
+    assert np.mean(maps >= chosen["pixel"]["threshold"]) == pytest.approx(0.01)
+    assert np.sum(maps.max(axis=(1, 2)) >= chosen["image"]["threshold"]) == 2
+    assert chosen["image"]["images"] == 10 and "20.00%" in chosen["image"]["how"]
     few = thresholds.thresholds_from_good(maps[:2], np.ones(2), pixel_rate=0.01, image_rate=0.05)
     assert few["image"]["threshold"] > 1 and "2 images cannot tell" in few["image"]["how"]
 
 
-def test_what_a_threshold_is_worth_by_hand(found):
+def test_verdicts_at_a_threshold_by_hand(small_batch):
     predictor = FixedPredictor()
     predictor.record = predictor.record | {
         "thresholds": {
@@ -185,18 +186,18 @@ def test_what_a_threshold_is_worth_by_hand(found):
             "image": {"threshold": 0.9, "how": "held out"},
         }
     }
-    results = evaluate.evaluate(predictor, [found]).results["thresholds"]
+    results = evaluate.evaluate(predictor, [small_batch]).results["thresholds"]
     assert results["pixel"]["iou"] == pytest.approx(4 / 5)
     assert results["pixel"]["precision"] == pytest.approx(4 / 5)
     assert results["image"]["missed"] == 1 and results["image"]["precision"] is None
-    own = evaluate.evaluate(predictor, [found], image_threshold=0.0).results["thresholds"]
-    assert own["image"]["false_alarms"] == 2 and own["image"]["precision"] == pytest.approx(1 / 3)
-    assert "set by the user" in own["image"]["how"] and own["pixel"]["how"] == "held out"
+    user = evaluate.evaluate(predictor, [small_batch], image_threshold=0.0).results["thresholds"]
+    assert user["image"]["false_alarms"] == 2 and user["image"]["precision"] == pytest.approx(1 / 3)
+    assert "set by the user" in user["image"]["how"] and user["pixel"]["how"] == "held out"
 
 
-def test_native_size_measures_at_the_size_of_the_masks(found):
-    large = [np.kron(mask, np.ones((3, 5), bool)) for mask in found["mask"]]
-    results = evaluate.evaluate(FixedPredictor(), [found], native_masks=large).results
+def test_native_size_measures_at_the_size_of_the_masks(small_batch):
+    large = [np.kron(mask, np.ones((3, 5), bool)) for mask in small_batch["mask"]]
+    results = evaluate.evaluate(FixedPredictor(), [small_batch], native_masks=large).results
     assert results["defect_pixels"] == 4 * 15
     assert results["iou"] > 0.5
 
@@ -211,7 +212,7 @@ def test_the_image_score_is_the_mean_of_the_highest_pixels():
 
 
 class TopPredictor(FixedPredictor):
-    """As FixedPredictor, with the scores that images get from maps."""
+    """As FixedPredictor, with image scores computed from the maps."""
 
     def __call__(self, images):
         maps, _ = super().__call__(images)
@@ -223,55 +224,57 @@ OF_A_MODEL = ("params_sha256", "steps", "train_seconds", "parameters", "flops_pe
 
 
 @pytest.mark.parametrize("native", [False, True])
-def test_maps_that_are_given_are_measured_as_those_of_a_predictor(found, native):
-    masks = [np.kron(mask, np.ones((3, 5), bool)) for mask in found["mask"]] if native else None
-    parts = [{key: values[i : i + 2] for key, values in found.items()} for i in (0, 2)]
-    expected = evaluate.evaluate(TopPredictor(), parts, native_masks=masks)
-    maps, scores = TopPredictor()(found["image"])
-    given = evaluate.evaluate_maps(maps, parts, native_masks=masks, **OF_MAPS)
+def test_external_maps_have_the_same_metrics_as_a_predictor(small_batch, native):
+    masks = (
+        [np.kron(mask, np.ones((3, 5), bool)) for mask in small_batch["mask"]] if native else None
+    )
+    batches = [{key: values[i : i + 2] for key, values in small_batch.items()} for i in (0, 2)]
+    expected = evaluate.evaluate(TopPredictor(), batches, native_masks=masks)
+    maps, scores = TopPredictor()(small_batch["image"])
+    given = evaluate.evaluate_maps(maps, batches, native_masks=masks, **OF_MAPS)
     assert [row["score"] for row in given.images] == [row["score"] for row in expected.images]
     assert given.curves == expected.curves
     differ = {k for k, v in expected.results.items() if given.results[k] != v}
     assert differ == {*OF_A_MODEL, "thresholds"}
     assert all(given.results[key] is None for key in OF_A_MODEL)
-    # Scores of one's own, and maps of any range: metrics of ranks stay, pictures fit.
-    own = evaluate.evaluate_maps(
-        1e4 * maps - 77, parts, scores=np.array([3.0, 2, 1]), native_masks=masks, **OF_MAPS
+    # With other scores and another range, rank metrics and pictures of the maps stay the same.
+    scaled = evaluate.evaluate_maps(
+        1e4 * maps - 77, batches, scores=np.array([3.0, 2, 1]), native_masks=masks, **OF_MAPS
     )
     for metric in ("pixel_auroc", "pixel_ap", "iou", "au_pro"):
-        assert own.results[metric] == pytest.approx(expected.results[metric], abs=1e-6)
-    assert own.results["image_auroc"] == 0.0
-    np.testing.assert_array_equal(own.maps, given.maps)
-    assert own.maps.min() == 0 and own.maps.max() == 255
+        assert scaled.results[metric] == pytest.approx(expected.results[metric], abs=1e-6)
+    assert scaled.results["image_auroc"] == 0.0
+    np.testing.assert_array_equal(scaled.maps, given.maps)
+    assert scaled.maps.min() == 0 and scaled.maps.max() == 255
 
 
-def test_maps_of_another_size_are_resized(found):
-    small = [image_map[::2, ::2] for image_map in TopPredictor()(found["image"])[0]]
-    given = evaluate.evaluate_maps(small, [found], **OF_MAPS)
+def test_maps_of_another_size_are_resized(small_batch):
+    small = [image_map[::2, ::2] for image_map in TopPredictor()(small_batch["image"])[0]]
+    given = evaluate.evaluate_maps(small, [small_batch], **OF_MAPS)
     assert given.maps.shape == (3, 4, 4) and given.results["normal_pixels"] == 44
 
 
-def test_rare_scores_are_shown_bright_and_order_is_kept():
+def test_display_scale_gives_rare_scores_high_levels_and_keeps_the_order():
     maps = np.arange(10_000.0, dtype=np.float32).reshape(1, 100, 100) ** 2
     scale = evaluate.scale_of(maps)
-    levels = evaluate.as_shown(np.sort(maps.ravel()), scale)
+    levels = evaluate.to_display_scale(np.sort(maps.ravel()), scale)
     assert np.all(np.diff(levels) > 0) and (levels[0], levels[-1]) == (0, 1)
-    assert evaluate.as_shown(maps[0, 99, 0], scale) == pytest.approx(0.5, abs=0.01)  # 1 of 100
-    assert evaluate.as_shown(5.0, evaluate.scale_of(np.full((2, 3, 3), 5.0))) == 0
-    assert evaluate.as_shown(0.3, None) == 0.3 and len(evaluate.scale_of([])["scores"]) == 1
+    assert evaluate.to_display_scale(maps[0, 99, 0], scale) == pytest.approx(0.5, abs=0.01)
+    assert evaluate.to_display_scale(5.0, evaluate.scale_of(np.full((2, 3, 3), 5.0))) == 0
+    assert evaluate.to_display_scale(0.3, None) == 0.3 and len(evaluate.scale_of([])["scores"]) == 1
 
 
-def test_baselines_stand_beside_the_model(found, tmp_path):
+def test_baselines_are_in_the_results_of_the_model(small_batch, tmp_path):
     train = np.zeros((2, 4, 4, 3), np.uint8)
-    baselines = evaluate.evaluate_baselines(train, [found], top_fraction=0.25)
+    baselines = evaluate.evaluate_baselines(train, [small_batch], top_fraction=0.25)
     # The red of the defect is the only difference to the mean: as good as the model.
     assert baselines["distance_to_mean"]["iou"] == pytest.approx(4 / 5)
     assert baselines["z_score"]["image_auroc"] == 1.0
     nothing = evaluate.evaluate_baselines(train, [], top_fraction=0.25)["pca_patches"]
     assert nothing["iou"] is None and nothing["not_available"]["iou"]
-    results = evaluate.evaluate(FixedPredictor(), [found]).results
+    results = evaluate.evaluate(FixedPredictor(), [small_batch]).results
     results |= {"baselines": baselines, "iou": 0.1, "train_seconds": None}
-    evaluate.write_results(tmp_path, "bolt", results, config="{}", command="c")
+    write_results(tmp_path, "bolt", results, config="{}", command="c")
     table = (tmp_path / "results.md").read_text()
     assert "| - |" in table.splitlines()[2] and "| bolt | pca_patches |" in table
     assert "| **0.8000** |" in next(line for line in table.splitlines() if "z_score" in line)

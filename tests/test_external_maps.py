@@ -1,4 +1,4 @@
-"""Anomaly maps of other methods: which files are read, and what is refused in one line."""
+"""Reading anomaly maps of other methods: file formats, names, and one-line errors."""
 
 import unicodedata
 
@@ -47,7 +47,7 @@ def test_a_png_of_16_bits_is_a_map_where_there_is_no_other_file(folder):
             external_maps.read_maps(folder, NAMES)
 
 
-def test_names_are_equal_however_their_umlauts_are_written(tmp_path):
+def test_names_match_in_any_unicode_form(tmp_path):
     (tmp_path / "riß").mkdir()
     np.save(tmp_path / "riß" / unicodedata.normalize("NFD", "ü.npy"), np.zeros((2, 2)))
     assert len(external_maps.read_maps(tmp_path, ["test/riß/ü.png"])) == 1
@@ -64,14 +64,14 @@ def test_names_are_equal_however_their_umlauts_are_written(tmp_path):
         (np.array([[None]]), "cannot be read .*: save it as .npy"),
     ],
 )
-def test_what_is_no_map_is_refused(folder, values, message):
+def test_invalid_maps_are_refused(folder, values, message):
     np.save(folder / "good" / "0.npy", values)
     with pytest.raises(external_maps.MapsError, match=f"0.npy: .*{message}") as error:
         external_maps.read_maps(folder, NAMES)
     assert "\n" not in str(error.value)
 
 
-def test_missing_double_and_shared_maps_are_named(folder):
+def test_missing_duplicate_and_shared_maps_are_named(folder):
     more = [f"test/hole/{index}.png" for index in range(1, 6)]
     missing = "no map .* for 5 of 8 test images: hole/1, hole/2, hole/3 and 2 more"
     with pytest.raises(external_maps.MapsError, match=missing):
@@ -88,7 +88,7 @@ def test_missing_double_and_shared_maps_are_named(folder):
         external_maps.find_maps(folder / "bolt", NAMES)
 
 
-def test_scores_come_by_name(folder):
+def test_scores_are_matched_by_name(folder):
     assert external_maps.read_scores(folder, NAMES) is None
     lines = [f"{name},{index}.5" for index, name in enumerate(NAMES)]
     (folder / "scores.csv").write_text("\n".join(["name,score", *reversed(lines)]))
@@ -112,7 +112,7 @@ def test_scores_come_by_name(folder):
         ("name,score\na\n", "the score of a is None"),
     ],
 )
-def test_scores_that_cannot_be_used_are_refused(folder, text, message):
+def test_invalid_scores_are_refused(folder, text, message):
     (folder / "scores.csv").write_text(text)
     with pytest.raises(external_maps.MapsError, match=f"scores.csv: {message}") as error:
         external_maps.read_scores(folder, NAMES)

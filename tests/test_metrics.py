@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 from sklearn import metrics as sklearn_metrics
 
-from anoseg_jax.evaluation import metrics
+from anoseg_jax.evaluation import metrics, pixel_tables
 from anoseg_jax.method import thresholds
 
 SHARED = pathlib.Path(
@@ -128,7 +128,7 @@ def test_the_lowest_of_the_best_thresholds_is_reported():
     assert result["pixel_f1_max_threshold"] == float(np.float32(0.6))
 
 
-def test_au_pro_weighs_regions_alike_whatever_their_size():
+def test_au_pro_weighs_all_regions_equally():
     # The region of four pixels is found before any false positive, that of one pixel after them.
     maps = np.array([[[0.9, 0.9, 0.9, 0.9, 0.5, 0.5, 0.1]]], np.float32)
     masks = np.array([[[1, 1, 1, 1, 0, 0, 1]]], bool)
@@ -202,7 +202,7 @@ def test_order_and_batches_do_not_change_the_result(maps, masks, order, batch):
 
 
 @pytest.mark.parametrize("kind", ["smooth", "tied", "saturated"])
-def test_accumulator_equals_arrays_when_tables_are_merged_often(kind, monkeypatch):
+def test_accumulator_equals_arrays_with_many_merges(kind, monkeypatch):
     monkeypatch.setattr(metrics, "_MAX_PENDING", 1000)
     maps, masks, types = example(kind=kind)
     accumulator = accumulate(maps, masks, types, batch=1, thresholds=[0.5])
@@ -311,7 +311,7 @@ def test_images_may_differ_in_size():
     assert result["pixel_auroc"] == pytest.approx(sklearn_metrics.roc_auc_score(truth, scores))
 
 
-def test_inputs_are_left_as_they_were():
+def test_inputs_are_not_modified():
     maps, masks, _ = example(n=4)
     maps.flags.writeable = masks.flags.writeable = False
     before = maps.copy()
@@ -319,7 +319,7 @@ def test_inputs_are_left_as_they_were():
     np.testing.assert_array_equal(maps, before)
 
 
-def test_masks_of_0_and_255_are_masks():
+def test_masks_of_0_and_255_equal_bool_masks():
     maps, masks, _ = example(n=4)
     assert_same(
         metrics.segmentation_metrics(maps, masks.astype(np.uint8) * 255),
@@ -368,7 +368,7 @@ HUGE = np.where(np.arange(32).reshape(2, 4, 4) == 5, 1e300, RAMP.astype(np.float
         (np.zeros((1, 0, 4)), np.zeros((1, 0, 4), bool), "no defect pixels"),
     ],
 )
-def test_what_cannot_be_computed_is_none_with_a_reason(maps, masks, reason):
+def test_unavailable_metrics_are_none_with_a_reason(maps, masks, reason):
     result = metrics.segmentation_metrics(maps, masks, thresholds=[0.5], curve_points=5)
     for name in metrics.PIXEL_METRICS:
         assert result[name] is None
@@ -379,7 +379,7 @@ def test_what_cannot_be_computed_is_none_with_a_reason(maps, masks, reason):
         assert (at[name] is None) == (name in at["not_available"])
 
 
-def test_what_can_be_computed_at_a_threshold_is():
+def test_metrics_at_a_threshold_are_computed_where_possible():
     (at,) = metrics.segmentation_metrics(RAMP, ~ONES, thresholds=[24])["at_threshold"]
     assert (at["false_positive_rate"], at["good_images_flagged"]) == (0.25, 0.5)
     assert at["iou"] is None
@@ -417,7 +417,7 @@ def test_a_defect_without_mask_pixels_counts_as_defect_free_pixels():
     assert bent["not_available"]["au_pro"] == "no defect pixels in the ground-truth masks"
 
 
-def test_a_type_with_finite_maps_has_numbers_though_another_has_not():
+def test_non_finite_maps_affect_their_own_defect_type_only():
     maps = np.concatenate([RAMP, NAN])
     masks = np.concatenate([ONE_PIXEL, ONE_PIXEL])
     types = ["cut", "good", "bent", "good"]
@@ -451,10 +451,10 @@ def test_max_scores_below_one_is_refused():
 
 @settings(deadline=None, derandomize=True)
 @given(hnp.arrays(np.float32, (30,), elements=FLOATS))
-def test_keys_order_as_scores_and_give_them_back(scores):
+def test_keys_keep_the_order_of_scores_and_convert_back(scores):
     scores = np.concatenate([scores, -scores]) + np.float32(0)
-    keys = metrics._keys(scores)
-    np.testing.assert_array_equal(metrics._scores(keys), scores)
+    keys = pixel_tables.keys_from_scores(scores)
+    np.testing.assert_array_equal(pixel_tables.scores_from_keys(keys), scores)
     np.testing.assert_array_equal(keys[:, None] < keys[None], scores[:, None] < scores[None])
 
 
@@ -489,7 +489,7 @@ RATES = st.sampled_from([0.0, 0.01, 0.05, 0.29, 0.5, 1.0])
 
 @settings(deadline=None, max_examples=100, derandomize=True)
 @given(MAPS, RATES)
-def test_threshold_from_good_keeps_its_rate_and_is_the_lowest_score_that_does(maps, rate):
+def test_threshold_from_good_is_the_lowest_score_within_the_rate(maps, rate):
     maps = maps + np.float32(0)
     threshold = thresholds.threshold_from_good(maps, rate)
     assert np.mean(maps >= threshold) <= rate
@@ -575,7 +575,7 @@ def test_agrees_with_the_shared_fixture(case, source):
         result = accumulate(maps, masks, batch=2, thresholds=[0.5]).result()
     (at,) = result["at_threshold"]
     image = metrics.image_metrics(maps.max((1, 2)), masks.any((1, 2)))
-    found = {
+    values = {
         "au_pro_0.3": result["au_pro"],
         "au_pro_0.05": result["au_pro_0.05"],
         "pixel_iou_max": result["iou"],
@@ -585,8 +585,8 @@ def test_agrees_with_the_shared_fixture(case, source):
         "image_ap": image["image_ap"],
     }
     for name in ("pixel_auroc", "pixel_ap", "pixel_f1_max", "pixel_f1_max_threshold"):
-        found[name] = result[name]
-    for name, value in found.items():
+        values[name] = result[name]
+    for name, value in values.items():
         tolerance = 1e-6 if "au_pro" in name else 1e-9  # as its README states
         assert value == pytest.approx(float(fixture[f"{case}/{name}"]), abs=tolerance), name
 

@@ -1,4 +1,4 @@
-"""The pages of a run: what is on them, in which order, and that they work in a browser."""
+"""The HTML pages of a run: their content, its order, and how they work in a browser."""
 
 import csv
 import json
@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from anoseg_jax.evaluation import evaluate
-from anoseg_jax.report import pages
+from anoseg_jax.evaluation.results import mean_of
+from anoseg_jax.report import pages, panels, plots
 
 NUT, WEAVE = "nüt <b>#1 %20", "weave"
 CRACK = "<b>riß</b> $x$ 裂"
@@ -49,7 +50,7 @@ def write_csv(path, images, *, has_mask):
 
 
 def write_files(workdir):
-    """Writes a run of two categories: all there is to know of one, and next to nothing."""
+    """Writes a run of two categories: one with all files, one with few."""
     nut, weave = workdir / NUT, workdir / WEAVE
     for folder in (nut, weave):
         folder.mkdir(parents=True)
@@ -89,7 +90,7 @@ def write_files(workdir):
     categories = {NUT: of_nut, WEAVE: of_weave}
     results = {
         "categories": categories,
-        "mean": evaluate.mean_of(categories),
+        "mean": mean_of(categories),
         "config_sha256": "beef",
         "versions": {"python": "3.11", "jax": "0.10"},
         "device": "1 x <cpu>",
@@ -106,7 +107,7 @@ def change_results(workdir, category, **changes):
 
 
 class Page(HTMLParser):
-    """A parsed page: its elements and its text; refuses elements that are not closed."""
+    """A parsed page: its elements and its text; fails on elements that are not closed."""
 
     VOID = {"meta", "link", "img", "input", "br"}
 
@@ -134,8 +135,8 @@ class Page(HTMLParser):
             self.words.append(data)
 
     def all(self, tag, **wanted):
-        found = [attributes for name, attributes in self.elements if name == tag]
-        return [a for a in found if all(a.get(key) == value for key, value in wanted.items())]
+        matches = [attributes for name, attributes in self.elements if name == tag]
+        return [a for a in matches if all(a.get(key) == value for key, value in wanted.items())]
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +158,8 @@ def copy(workdir, tmp_path):
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    """Leaves the plots out: they are most of the time that a page takes."""
-    monkeypatch.setattr(pages, "draw_plot", lambda plot: "<svg></svg>")
+    """Leaves the plots out, which take most of the time."""
+    monkeypatch.setattr(plots, "draw_plot", lambda plot: "<svg></svg>")
 
 
 def test_the_run_lists_every_category_and_links_to_its_page(written_pages, workdir):
@@ -302,21 +303,21 @@ def test_scores_that_are_not_finite_get_no_verdict(copy):
 
 @pytest.mark.usefixtures("no_plots")
 def test_thresholds_made_without_the_test_set_decide_where_they_are_recorded(copy):
-    made = "the 0.99 quantile of 20 held-out good images"
+    how = "the 0.99 quantile of 20 held-out good images"
     thresholds = {
-        "image": {"threshold": 0.15, "how": made, "false_positive_rate": 0.01},
-        "pixel": {"threshold": 0.9, "how": made, "images": 20},
+        "image": {"threshold": 0.15, "how": how, "false_positive_rate": 0.01},
+        "pixel": {"threshold": 0.9, "how": how, "images": 20},
     }
     before = Page(copy / NUT / "report.html").text
     assert "best F1 on these test images themselves" in before and "0.6" in before
     change_results(copy, NUT, thresholds=thresholds)
     pages.write_category(copy, NUT)
     page = Page(copy / NUT / "report.html")
-    assert made in page.text and "test images themselves" not in page.text
+    assert how in page.text and "test images themselves" not in page.text
     assert "false positive rate: 0.01" in page.text and "map at or above 0.9" in page.text
     cards = {a["data-name"]: a["data-verdict"] for a in page.all("li", **{"class": "card"})}
     assert cards["dent/0.png"] == "found" and cards["good/2 & ü.png"] == "false_alarm"
-    # Measured anew at 0.9: the maps are right there, to the pixel.
+    # Measured again at 0.9, where the maps are exact.
     assert "dent · score 0.200 · IoU 1.000" in page.text
 
 
@@ -361,7 +362,7 @@ def test_a_large_gallery_stays_small(copy, monkeypatch):
     np.savez(copy / NUT / "evaluation.npz", image=noise, mask=masks, map=noise[..., 0])
     rows = [(f"good/{i:03}.png", "good", 0, i / count, None) for i in range(count)]
     write_csv(copy / NUT / "images.csv", rows, has_mask=True)
-    monkeypatch.setattr(pages, "MAX_GALLERY_BYTES", 400_000)
+    monkeypatch.setattr(panels, "MAX_GALLERY_BYTES", 400_000)
     monkeypatch.setattr(pages, "MAX_CARDS", 30)
     pages.write_category(copy, NUT)
     page = Page(copy / NUT / "report.html")
@@ -374,13 +375,13 @@ def test_a_large_gallery_stays_small(copy, monkeypatch):
 def test_a_single_pixel_survives_being_made_small():
     region = np.zeros((1000, 700), bool)
     region[333, 77] = True
-    assert pages.cover(region, (70, 100)).sum() == 1
-    assert not pages.cover(~np.ones_like(region), (70, 100)).any()
+    assert panels.cover(region, (70, 100)).sum() == 1
+    assert not panels.cover(~np.ones_like(region), (70, 100)).any()
 
 
 @pytest.mark.parametrize(("threshold", "level"), [(0.0, 0), (1e-4, 1), (0.399, 102), (1.0, 255)])
 def test_thresholds_are_rounded_as_maps_are(threshold, level):
-    assert pages.level_of(threshold) == level
+    assert panels.level_of(threshold) == level
 
 
 def test_errors_are_one_line_that_names_the_file(tmp_path, copy):
@@ -411,22 +412,22 @@ def browser():
 @pytest.fixture
 def open_page(browser):
     """Opens pages in a window of a width; none may complain or ask for anything."""
-    seen, contexts = [], []
+    messages, contexts = [], []
 
     def open_page(path, width):
         context = browser.new_context(viewport={"width": width, "height": 844})
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: seen.append(message.text))
-        page.on("pageerror", lambda error: seen.append(str(error)))
-        page.on("request", lambda request: seen.append(request.url))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("request", lambda request: messages.append(request.url))
         page.goto(path.as_uri())
         return page
 
     yield open_page
     for context in contexts:
         context.close()
-    assert not [line for line in seen if not line.startswith(("file:", "data:"))]
+    assert not [line for line in messages if not line.startswith(("file:", "data:"))]
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -8,6 +8,8 @@ import pytest
 
 from anoseg_jax import experiment, shards
 from anoseg_jax.evaluation import evaluate
+from anoseg_jax.evaluation.results import assemble, write_category
+from anoseg_jax.report import plots
 from anoseg_jax.running import versions
 from configs import test as test_config
 from data import sources
@@ -30,7 +32,7 @@ def results_of(config, folder, splits, *, training):
 def run(monkeypatch):
     """Runs all of a config, or a shard of it; with seeds there are variants, too."""
     monkeypatch.setattr(experiment, "run_category", results_of)
-    monkeypatch.setattr(experiment.pages, "draw_plot", lambda plot: "<svg></svg>")
+    monkeypatch.setattr(plots, "draw_plot", lambda plot: "<svg></svg>")
 
     def run(workdir, shard="", **changes):
         config = test_config.get_config()
@@ -102,8 +104,8 @@ def test_jobs_on_other_machines_are_both_named(tmp_path, monkeypatch):
     for name, version in (("screw", "3.11"), ("tile", "3.12")):
         monkeypatch.setattr(versions, "versions", lambda v=version: {"python": v, "jax": "0.10"})
         results = {**dict.fromkeys(evaluate.METRICS, 0.5), "not_available": {}}
-        evaluate.write_category(tmp_path / name, results, config="{}", command="c")
-    evaluate.assemble(tmp_path, ["screw", "tile"])
+        write_category(tmp_path / name, results, config="{}", command="c")
+    assemble(tmp_path, ["screw", "tile"])
     made = json.loads((tmp_path / "results.json").read_text())
     assert made["versions"] == {"python": "3.11; 3.12", "jax": "0.10"} and made["command"] == "c"
 

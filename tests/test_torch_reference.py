@@ -223,7 +223,7 @@ def test_the_twins_maps_and_scores_have_the_same_metrics(folder):
     for kind in ours_scores:
         np.testing.assert_allclose(twin_scores[kind], ours_scores[kind], rtol=1e-4, err_msg=kind)
     ours, twins = (
-        evaluate.measure([(batch, maps, scores)], about={}, image_size=(32, 48)).results
+        evaluate.measure([(batch, maps, scores)], metadata={}, image_size=(32, 48)).results
         for maps, scores in ((ours_maps, ours_scores), (twin_maps, twin_scores))
     )
     compared = dict(numbers(ours))

@@ -1,1 +1,1 @@
-"""What a model is worth: metrics, their evaluation on test images, baselines, other methods."""
+"""Evaluation: metrics, results of models and of external maps, trivial baselines."""

@@ -1,27 +1,30 @@
-"""Trivial baselines: what mean, variance and PCA find without learning. A yardstick, no method.
+"""Trivial baselines for anomaly maps: distance to the mean image, z-score and PCA of patches.
 
-Each takes good images and test images, uint8 [n, h, w, 3] and [m, h, w, 3] of one size, and returns
-anomaly maps, float32 [m, h, w], higher = more anomalous, smoothed. It works image by image: beside
-the maps it needs a few hundred MB at most. n is at least 1; m may be 0.
+A trained model should be better than these. Each function takes good images, uint8 [n, h, w, 3],
+and test images of the same size, uint8 [m, h, w, 3]. It returns smoothed anomaly maps, float32
+[m, h, w], higher = more anomalous. n is at least 1; m may be 0. The images are processed one by
+one, in at most a few hundred MB of memory in addition to the maps.
 """
 
 import numpy as np
 from scipy import ndimage
 
-# Of the Gaussian that maps are smoothed with, at 128 pixels; it grows with the image.
+# Standard deviation, in pixels, of the Gaussian that smooths the maps at 128x128. Scales with the
+# image size.
 SIGMA_AT_128 = 2.0
-# The least standard deviation of a pixel, of 1: where all good images agree by chance, camera noise
-# would be an anomaly.
+# Lower limit of a pixel's standard deviation, for values from 0 to 1. Without it, camera noise
+# would be an anomaly where the few good images agree by chance.
 STD_FLOOR = 0.02
-PATCH = 8
-# Between patches of training and of test images. Every patch says little more and costs 4 times.
+PATCH = 8  # side of a patch, in pixels
+# Strides between the patches of training and test images. Halving one adds little accuracy and
+# takes 4 times as long.
 FIT_STRIDE, STRIDE = 4, 2
-# Share of the patches' variance that the components hold.
+# Share of the patches' variance that the kept components explain.
 VARIANCE = 0.995
 
 
 def smooth(image_map: np.ndarray) -> np.ndarray:
-    """Smooths a map [h, w] with a Gaussian of 2 pixels at 128x128, in proportion at other sizes."""
+    """Smooths a map [h, w] with a Gaussian, sigma 2 pixels at 128x128, scaled with the size."""
     h, w = image_map.shape
     sigma = SIGMA_AT_128 * np.sqrt(h * w) / 128
     return ndimage.gaussian_filter(image_map.astype(np.float32), sigma)
@@ -37,9 +40,9 @@ def distance_to_mean(train: np.ndarray, test: np.ndarray) -> np.ndarray:
 
 
 def z_score(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Returns each pixel's distance to its mean in its standard deviations (see the module).
+    """Returns each pixel's distance to the mean image in standard deviations of that pixel.
 
-    The mean over the channels; a standard deviation is at least STD_FLOOR.
+    The distance is averaged over the channels. A standard deviation is at least STD_FLOOR.
     """
     mean, std = _mean_and_std(train)
     std = np.maximum(std, STD_FLOOR)
@@ -50,10 +53,10 @@ def z_score(train: np.ndarray, test: np.ndarray) -> np.ndarray:
 
 
 def pca_patches(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Returns the squared error of patches rebuilt from their main components (see the module).
+    """Returns the squared reconstruction error of patches projected on their principal components.
 
-    The components are of all patches of 8x8 pixels, wherever they lie, and hold VARIANCE of their
-    variance. A pixel's error is the mean over the patches that it is in.
+    The components are computed from the 8x8 patches of all positions and explain the share VARIANCE
+    of their variance. A pixel's error is the mean over the patches that contain it.
     """
     mean, components = _fit_components(train)
     maps = np.empty(test.shape[:3], np.float32)
@@ -65,14 +68,14 @@ def pca_patches(train: np.ndarray, test: np.ndarray) -> np.ndarray:
         errors = errors.mean(axis=-1)
         total, count = np.zeros(image.shape[:2]), np.zeros(image.shape[:2])
         for y, x in np.ndindex(errors.shape[2:]):
-            at = np.ix_(rows + y, columns + x)
-            total[at] += errors[:, :, y, x]
-            count[at] += 1
+            pixels = np.ix_(rows + y, columns + x)
+            total[pixels] += errors[:, :, y, x]
+            count[pixels] += 1
         maps[index] = smooth(total / count)
     return maps
 
 
-# By the names that results have them under.
+# The keys are the names in the result files.
 BASELINES = {
     "distance_to_mean": distance_to_mean,
     "z_score": z_score,
@@ -81,7 +84,7 @@ BASELINES = {
 
 
 def _mean_and_std(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard deviation of each pixel and channel, of values from 0 to 1."""
+    """Returns the mean and standard deviation of each pixel and channel, for values from 0 to 1."""
     total = np.zeros(images.shape[1:], np.int64)  # exact: no cancellation in the variance
     squares = np.zeros(images.shape[1:], np.int64)
     for image in images:
@@ -98,9 +101,9 @@ def _sides(image: np.ndarray) -> tuple[int, int]:
 
 
 def _patches(image: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns an image's patches, float32 [rows * columns, d] in [0, 1], and where they start.
+    """Returns an image's patches, float32 [rows * columns, d] in [0, 1], and their positions.
 
-    The last row and column of patches end with the image, so that every pixel is in one.
+    The last row and column of patches end at the image border, so that patches cover every pixel.
     """
     (h, w), (ph, pw) = image.shape[:2], _sides(image)
     rows = np.unique(np.append(np.arange(0, h - ph + 1, stride), h - ph))
@@ -111,7 +114,7 @@ def _patches(image: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray, np
 
 
 def _fit_components(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the patches' mean [d] and their main components [d, k], float32."""
+    """Returns the mean [d] and the principal components [d, k] of the patches, float32."""
     sides = _sides(images[0])
     size = sides[0] * sides[1] * 3
     total, products, count = np.zeros(size), np.zeros((size, size)), 0
@@ -123,7 +126,9 @@ def _fit_components(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean = total / count
     variances, components = np.linalg.eigh(products / count - np.outer(mean, mean))
     variances, components = np.maximum(variances[::-1], 0), components[:, ::-1]
-    held = np.cumsum(variances)
-    # Patches that are all alike have no components: what is left of their variance is rounding.
-    number = int(np.searchsorted(held, VARIANCE * held[-1])) + 1 if held[-1] > 1e-6 * size else 0
+    explained = np.cumsum(variances)
+    total_variance = explained[-1]
+    # Identical patches have no components: their variance is only rounding error.
+    has_variance = total_variance > 1e-6 * size
+    number = int(np.searchsorted(explained, VARIANCE * total_variance)) + 1 if has_variance else 0
     return mean.astype(np.float32), components[:, :number].astype(np.float32)

@@ -1,11 +1,11 @@
-"""Anomaly maps of other methods, from files: so that any method can be judged by the same rules.
+"""Reads anomaly maps of other methods from files, to evaluate them with the same metrics.
 
-    <maps_dir>/<category>/<defect type>/<image stem>.npy | .tiff | .tif | .png     one a test image
-    <maps_dir>/<category>/scores.csv            may be missing; columns name,score as in images.csv
+    <maps_dir>/<category>/<defect type>/<image stem>.npy | .tiff | .tif | .png    one per test image
+    <maps_dir>/<category>/scores.csv           optional; columns name,score as in images.csv
 
-A map is [h, w] of any size and numeric type (further axes of length 1 are dropped), of any finite
-range, higher = more anomalous; "good" is a defect type, too. A PNG has 16 bits and is read only
-where there is no other file: beside a map it may be a picture of it.
+A map is [h, w] of any size and numeric type, with finite values of any range, higher = more
+anomalous. Other axes of length 1 are dropped. "good" is a defect type, too. A PNG must have 16
+bits. It is read only if the image has no other map file, because it may be a picture of that map.
 """
 
 import csv
@@ -22,34 +22,34 @@ from anoseg_jax import UsageError
 
 SUFFIXES = (".npy", ".tiff", ".tif")
 PICTURE = ".png"
-_SHOWN = 3  # names in a message; of more there is the number
+_SHOWN = 3  # most names in a message; the others are counted
 
 
 class MapsError(UsageError):
-    """Maps or scores that cannot be used; the message is one line that names the first of them."""
+    """Maps or scores cannot be used; the message is one line and names the first of them."""
 
 
 def find_maps(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Returns the file of each test image's map.
+    """Finds the map file of each test image.
 
     Args:
       folder: `maps_dir`/<category>.
-      names: of the images, as in images.csv: "test/<defect type>/<file>".
+      names: the names of the images, as in images.csv: "test/<defect type>/<file>".
 
     Raises:
-      MapsError: there is no such folder; an image has no map, or more than one; two images would
-        have the same.
+      MapsError: the folder does not exist, an image has no map or more than one, or two images
+        would have the same map.
     """
     if not folder.is_dir():
         raise MapsError(f"{folder}: there is no such folder; maps_dir has one a category")
     maps: dict[tuple[str, str], list[Path]] = {}
     pictures: dict[tuple[str, str], list[Path]] = {}
-    of_types = [of_type for of_type in folder.iterdir() if of_type.is_dir()]
-    for path in sorted(path for of_type in of_types for path in of_type.iterdir()):
+    type_folders = [path for path in folder.iterdir() if path.is_dir()]
+    for path in sorted(path for type_folder in type_folders for path in type_folder.iterdir()):
         suffix = path.suffix.lower()
         if suffix in (*SUFFIXES, PICTURE) and not path.name.startswith("."):
             (pictures if suffix == PICTURE else maps).setdefault(_key(path), []).append(path)
-    there = pictures | maps
+    files = pictures | maps
     wanted = [_key(Path(name)) for name in names]
     counts = Counter(wanted)
     shared = [name for name, key in zip(names, wanted, strict=True) if counts[key] > 1]
@@ -58,21 +58,21 @@ def find_maps(folder: Path, names: Sequence[str]) -> list[Path]:
             f"{folder}: {_some(shared)} would have the same map: rename the images, the stems of a "
             "defect type must differ"
         )
-    missing = ["/".join(key) for key in wanted if key not in there]
+    missing = ["/".join(key) for key in wanted if key not in files]
     if missing:
         raise MapsError(
             f"{folder}: no map (.npy, .tiff, .tif or .png) for {len(missing)} of {len(names)} test "
             f"images: {_some(missing)}"
         )
-    several = [there[key] for key in wanted if len(there[key]) > 1]
+    several = [files[key] for key in wanted if len(files[key]) > 1]
     if several:
         pairs = [" and ".join(f"{p.parent.name}/{p.name}" for p in paths) for paths in several]
         raise MapsError(f"{folder}: {len(several)} images have two maps: {_some(pairs)}: keep one")
-    return [there[key][0] for key in wanted]
+    return [files[key][0] for key in wanted]
 
 
 def read_map(path: Path) -> np.ndarray:
-    """Reads a map, float32 [h, w]; MapsError if it is none or has values that are not finite."""
+    """Reads a map, float32 [h, w]; raises MapsError for invalid files and non-finite values."""
     try:
         if path.suffix.lower() == ".npy":
             values = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
@@ -81,7 +81,7 @@ def read_map(path: Path) -> np.ndarray:
                 if getattr(image, "n_frames", 1) > 1:
                     raise ValueError(f"it has {image.n_frames} pages")
                 values = np.asarray(image)
-    # A damaged file makes a decoder raise nearly anything: OSError, SyntaxError, struct.error, ...
+    # Decoders raise many types of errors on damaged files: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise MapsError(f"{path}: cannot be read ({why}): save it as .npy") from error
@@ -110,11 +110,11 @@ def read_maps(folder: Path, names: Sequence[str]) -> list[np.ndarray]:
 
 
 def read_scores(folder: Path, names: Sequence[str]) -> np.ndarray | None:
-    """Returns the score of each test image from scores.csv, float64 [n]; None without the file.
+    """Reads the score of each test image from scores.csv, float64 [n]; None without the file.
 
     Raises:
-      MapsError: the file is not in UTF-8 or has other columns, lacks images, has one twice, or a
-        score is no finite number.
+      MapsError: the file is not in UTF-8, lacks a column or an image, has an image twice, or has a
+        score that is not a finite number.
     """
     path = folder / "scores.csv"
     if not path.exists():
@@ -147,8 +147,8 @@ def read_scores(folder: Path, names: Sequence[str]) -> np.ndarray | None:
 
 
 def _key(path: Path) -> tuple[str, str]:
-    """Returns defect type and stem of an image or a map."""
-    # macOS writes an umlaut as two code points, other systems as one.
+    """Returns the defect type and stem of an image or a map, in the Unicode form NFC."""
+    # macOS stores an umlaut as two code points, other systems as one.
     normal = unicodedata.normalize
     return normal("NFC", path.parent.name), normal("NFC", path.stem)
 

@@ -1,23 +1,23 @@
-"""Pixel, region and image metrics of anomaly maps, of whole data sets and in bounded memory.
+"""Pixel, region and image metrics of anomaly maps, from arrays or batch by batch in bounded memory.
 
 Conventions, also in docs/metrics.md: a score is a float32, higher = more anomalous; a pixel counts
 as predicted defective when `score >= threshold`; the pixels of all images are pooled; a region is
 an 8-connected component of a defect mask; the false-positive rate is taken over all defect-free
-pixels, those of defective images included. A metric that cannot be computed is None and has a
-reason under "not_available": the state of the data never raises.
+pixels, also those of defective images. A metric that cannot be computed is None and has a reason
+under "not_available": unusable data does not raise an error.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
 from sklearn import metrics as sklearn_metrics
 
+from anoseg_jax.evaluation import pixel_tables
 from anoseg_jax.method.thresholds import check_rate, first_allowed
 
-GOOD = "good"  # the defect type of images without a defect, as MVTec AD names their folder
+GOOD = "good"  # the defect type of images without a defect (MVTec AD's folder name)
 
 PIXEL_METRICS = (
     "pixel_auroc",
@@ -46,287 +46,11 @@ Masks = np.ndarray | Sequence[np.ndarray | None] | None
 MAX_SCORES = 2**23  # distinct scores of an accumulator: 100 MB; 110 maps of 256x256 stay exact
 _MAX_PENDING = 2**22  # pixels collected before they are sorted into the tables: 17 MB
 _MAX_SHIFT = 23  # the mantissa bits of a float32: dropping more would merge exponents
-_DEFECT_COST = 4  # a defect pixel's score counts as so many: the curves are computed from these
-_NO_DEFECTS = "no defect pixels in the ground-truth masks"
-_NO_NORMALS = "no defect-free pixels in the ground-truth masks"
-_EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
+_DEFECT_COST = 4  # a defect pixel's score counts as four: all curve points come from these
+EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
 
 
-def _keys(scores: np.ndarray) -> np.ndarray:
-    """Returns uint32 integers in the order of the float32 scores, equal where these are equal."""
-    bits = (scores + np.float32(0)).view(np.uint32)  # -0.0 + 0.0 = 0.0: both zeros are one score
-    # Negative floats order backwards: flip all their bits; of the others set the sign bit.
-    bits ^= (bits.view(np.int32) >> 31).view(np.uint32) | np.uint32(0x80000000)
-    return bits
-
-
-def _scores(keys: np.ndarray) -> np.ndarray:
-    """Returns the float32 scores of uint32 keys: the inverse of `_keys`."""
-    flipped = np.where(keys >> 31 != 0, np.uint32(0x80000000), np.uint32(0xFFFFFFFF))
-    return (keys.astype(np.uint32) ^ flipped).view(np.float32)
-
-
-@dataclass
-class _Table:
-    """Distinct keys, ascending, and what belongs to each: all that the metrics need of pixels."""
-
-    keys: np.ndarray  # uint32 [k]
-    sums: np.ndarray  # float64 [c, k]: pixels; of defects also the sum of 1 / area of their regions
-
-
-def _empty_table(columns: int) -> _Table:
-    return _Table(np.zeros(0, np.uint32), np.zeros((columns, 0)))
-
-
-def _runs(sorted_keys: np.ndarray) -> np.ndarray:
-    """Returns the index at which each run of equal keys starts."""
-    starts = np.ones(len(sorted_keys), dtype=bool)
-    np.not_equal(sorted_keys[1:], sorted_keys[:-1], out=starts[1:])
-    return np.flatnonzero(starts)
-
-
-def _tabulate(keys: np.ndarray) -> _Table:
-    """Counts the keys of defect-free pixels; sorts `keys` in place."""
-    keys.sort()
-    starts = _runs(keys)
-    counts = np.diff(starts, append=len(keys)).astype(np.float64)  # integers, exact up to 2**53
-    return _Table(keys[starts], counts[None])
-
-
-def _tabulate_regions(keys: np.ndarray, weights: np.ndarray) -> _Table:
-    """Counts the keys of defect pixels and sums their weights."""
-    order = np.argsort(keys)
-    return _sum_runs(keys[order], np.stack([np.ones(len(keys)), weights[order]]))
-
-
-def _sum_runs(sorted_keys: np.ndarray, sums: np.ndarray) -> _Table:
-    starts = _runs(sorted_keys)
-    return _Table(sorted_keys[starts], np.add.reduceat(sums, starts, axis=1))
-
-
-def _merge(a: _Table, b: _Table) -> _Table:
-    """Returns one table of both; may change `a`."""
-    if not len(a.keys) or not len(b.keys):
-        return a if len(a.keys) else b
-    # Insertion rather than a sort of both: a third of the memory at the peak.
-    at = np.searchsorted(a.keys, b.keys)
-    known = a.keys[np.minimum(at, len(a.keys) - 1)] == b.keys
-    a.sums[:, at[known]] += b.sums[:, known]
-    at = at[~known]
-    at += np.arange(len(at))  # where the new ones come to lie
-    old = np.ones(len(a.keys) + len(at), dtype=bool)
-    old[at] = False
-    keys = np.empty(len(old), np.uint32)
-    keys[old], keys[at] = a.keys, b.keys[~known]
-    sums = np.empty((len(a.sums), len(old)))
-    for total, of_a, of_b in zip(sums, a.sums, b.sums, strict=True):
-        total[old], total[at] = of_a, of_b[~known]
-    return _Table(keys, sums)
-
-
-def _at_or_above(table: _Table, keys: np.ndarray, side: str = "left") -> np.ndarray:
-    """Returns how many pixels of `table` are at or above each key; above it with side="right"."""
-    total = np.concatenate([np.cumsum(table.sums[0][::-1])[::-1], [0.0]])
-    return total[np.searchsorted(table.keys, keys, side=side)]
-
-
-@dataclass
-class _Group:
-    """The images of one defect type."""
-
-    at_threshold: dict[str, np.ndarray]  # float64 [thresholds] each
-    normal: _Table = field(default_factory=lambda: _empty_table(1))
-    defect: _Table = field(default_factory=lambda: _empty_table(2))
-    pending_normal: list[np.ndarray] = field(default_factory=list)
-    pending_defect: list[np.ndarray] = field(default_factory=list)
-    pending_weights: list[np.ndarray] = field(default_factory=list)
-    images: int = 0
-    images_with_defect: int = 0
-    images_without_mask: int = 0  # not among `images`
-    regions: int = 0
-    non_finite_images: int = 0
-    non_finite_pixels: int = 0
-
-
-@dataclass
-class _Counts:
-    """What thresholds at the k distinct scores of the defect pixels do, highest first, [k] each.
-
-    Other thresholds add nothing: from one of these down to the next only false positives are added,
-    so that ROC and PRO curves are straight there, and F1 and IoU fall.
-    """
-
-    keys: np.ndarray
-    true_positives: np.ndarray
-    false_positives: np.ndarray
-    false_positives_above: np.ndarray  # of the scores strictly above
-    overlap: np.ndarray  # mean over regions of the share of the region that is found
-    defect_pixels: float
-    normal_pixels: float
-
-
-def _count(groups: Sequence[_Group]) -> _Counts:
-    defect = _empty_table(2)
-    for group in groups:
-        defect = _merge(_Table(defect.keys, defect.sums.copy()), group.defect)
-    keys = defect.keys[::-1]
-    true_positives, overlap = np.cumsum(defect.sums[:, ::-1], axis=1)
-    false_positives, above = np.zeros(len(keys)), np.zeros(len(keys))
-    for group in groups:
-        false_positives += _at_or_above(group.normal, keys)
-        above += _at_or_above(group.normal, keys, side="right")
-    return _Counts(
-        keys=keys,
-        true_positives=true_positives,
-        false_positives=false_positives,
-        false_positives_above=above,
-        overlap=overlap / overlap[-1:],  # the last is the number of regions, to rounding
-        defect_pixels=float(defect.sums[0].sum()),
-        normal_pixels=float(sum(group.normal.sums.sum() for group in groups)),
-    )
-
-
-def _rate_curve(counts: _Counts, rate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the corners (false-positive rate, rate) of a ROC or PRO curve, (0, 0) to (1, 1)."""
-    x = np.stack([counts.false_positives_above, counts.false_positives], axis=1).ravel()
-    y = np.stack([np.append(0.0, rate[:-1]), rate], axis=1).ravel()
-    x /= counts.normal_pixels
-    return np.concatenate([[0.0], x, [1.0]]), np.concatenate([[0.0], y, [1.0]])
-
-
-def _area(x: np.ndarray, y: np.ndarray, limit: float) -> tuple[float, float]:
-    """Returns the area under the curve up to x = limit, over limit, and how far it can be off.
-
-    Where dropped bits made ties, the curve without them rises from one corner to the next within
-    the rectangle that these span, instead of along its diagonal: half the rectangle is the bound,
-    and of the rectangle that the limit cuts, what is left of the limit.
-    """
-    end = int(np.searchsorted(x, limit, side="right"))
-    bound = np.sum(np.diff(x[:end]) * np.diff(y[:end])) / 2
-    area = np.sum(np.diff(x[:end]) * (y[1:end] + y[: end - 1])) / 2
-    if end < len(x):
-        width, rise = limit - x[end - 1], y[end] - y[end - 1]
-        area += width * (y[end - 1] + rise * width / (x[end] - x[end - 1]) / 2)
-        bound += width * rise
-    return min(float(area / limit), 1.0), float(bound / limit)
-
-
-def _pixel_metrics(counts: _Counts, shift: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Returns the values of PIXEL_METRICS, and how far those that are no threshold can be off."""
-    tp, fp, above = counts.true_positives, counts.false_positives, counts.false_positives_above
-    defects = counts.defect_pixels
-    values, bounds = {}, {}
-
-    roc = _rate_curve(counts, tp / defects)
-    pro = _rate_curve(counts, counts.overlap)
-    values["pixel_auroc"], bounds["pixel_auroc"] = _area(*roc, 1.0)
-    values["au_pro"], bounds["au_pro"] = _area(*pro, 0.3)
-    values["au_pro_0.05"], bounds["au_pro_0.05"] = _area(*pro, 0.05)
-
-    found = np.diff(tp, prepend=0.0)
-    ap = float(np.sum(found * (tp / (tp + fp))) / defects)
-    # Where dropped bits made ties, the defect pixels come first at best and last at worst.
-    best = np.sum(found * (tp / (tp + above))) / defects
-    first = tp - found + 1
-    worst = np.sum(found * (first / (first + fp))) / defects
-    values["pixel_ap"], bounds["pixel_ap"] = min(ap, 1.0), float(max(best - ap, ap - worst))
-
-    f1 = 2 * tp / (defects + tp + fp)
-    at = len(f1) - 1 - int(np.argmax(f1[::-1]))  # the lowest threshold that reaches the maximum
-    threshold = float(_scores(counts.keys[at : at + 1] << np.uint32(shift))[0])
-    values["pixel_f1_max"] = float(f1[at])
-    # IoU = F1 / (2 - F1), so that it is best at the same threshold.
-    values["iou"] = float(tp[at] / (defects + fp[at]))
-    values["pixel_f1_max_threshold"] = values["iou_threshold"] = threshold
-    bounds["pixel_f1_max"] = float(np.max(2 * tp / (defects + tp + above)) - f1[at])
-    bounds["iou"] = float(np.max(tp / (defects + above)) - values["iou"])
-    return values, bounds
-
-
-def _thin(x: np.ndarray, y: np.ndarray, points: int) -> tuple[list[float], list[float]]:
-    """Keeps at most `points` of a curve, even along its length, with the first and the last."""
-    length = np.concatenate([[0.0], np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y)))])
-    keep = np.searchsorted(length, np.linspace(0.0, length[-1], max(points, 2) - 1))
-    keep = np.unique(np.append(np.minimum(keep, len(x) - 1), len(x) - 1))
-    return x[keep].tolist(), y[keep].tolist()
-
-
-def _curves(groups: Sequence[_Group], counts: _Counts, shift: int, points: int) -> dict[str, Any]:
-    roc = _thin(*_rate_curve(counts, counts.true_positives / counts.defect_pixels), points)
-    pro = _thin(*_rate_curve(counts, counts.overlap), points)
-    recall = counts.true_positives / counts.defect_pixels
-    precision = counts.true_positives / (counts.true_positives + counts.false_positives)
-    pr = _thin(recall, precision, points)
-
-    ends = [t.keys[i] for g in groups for t in (g.normal, g.defect) if len(t.keys) for i in (0, -1)]
-    low, high = _scores(np.array([min(ends), max(ends)], np.uint32) << np.uint32(shift))
-    if low >= 0 and high <= 1:
-        low, high = 0, 1
-    thresholds = np.linspace(low, high, points, dtype=np.float64).astype(np.float32)
-    keys = _keys(thresholds) >> np.uint32(shift)
-    tp = sum(_at_or_above(group.defect, keys) for group in groups)
-    fp = sum(_at_or_above(group.normal, keys) for group in groups)
-    return {
-        "roc": {"false_positive_rate": roc[0], "true_positive_rate": roc[1]},
-        "pr": {"recall": pr[0], "precision": pr[1]},
-        "pro": {"false_positive_rate": pro[0], "overlap": pro[1]},
-        "iou": {
-            "threshold": _scores(keys << np.uint32(shift)).tolist(),
-            "iou": (tp / (counts.defect_pixels + fp)).tolist(),
-        },
-    }
-
-
-def _unusable(groups: Sequence[_Group]) -> str | None:
-    """Returns why nothing at all can be computed, or None."""
-    images = sum(group.images for group in groups)
-    if not images:
-        left_out = sum(group.images_without_mask for group in groups)
-        return f"none of the {left_out} images has a ground-truth mask" if left_out else "no images"
-    non_finite = sum(group.non_finite_images for group in groups)
-    if non_finite:
-        pixels = sum(group.non_finite_pixels for group in groups)
-        return f"{pixels} pixels in the maps of {non_finite} of {images} images are not finite"
-    return None
-
-
-def _at_threshold(
-    groups: Sequence[_Group],
-    good: _Group | None,
-    index: int,
-    counts: _Counts,
-    unusable: str | None,
-) -> dict[str, Any]:
-    """Returns AT_THRESHOLD_METRICS from the counts taken image by image."""
-    tp, fp, iou = (
-        float(sum(group.at_threshold[name][index] for group in groups))
-        for name in ("tp", "fp", "iou")
-    )
-    defects, normals = counts.defect_pixels, counts.normal_pixels
-    with_defect = sum(group.images_with_defect for group in groups)
-    good_images = good.images if good else 0
-    flagged = float(good.at_threshold["flagged"][index]) if good else 0.0
-    none_found = "no pixel is at or above the threshold"
-    ratios = {  # numerator, denominator, why when it is 0
-        "iou": (tp, defects and defects + fp, _NO_DEFECTS),
-        "mean_iou": (iou, with_defect, _NO_DEFECTS),
-        "precision": (tp, defects and tp + fp, none_found if defects else _NO_DEFECTS),
-        "recall": (tp, defects, _NO_DEFECTS),
-        "f1": (2 * tp, defects and defects + tp + fp, _NO_DEFECTS),
-        "false_positive_rate": (fp, normals, _NO_NORMALS),
-        "good_images_flagged": (flagged, good_images, "no good images"),
-    }
-    values: dict[str, Any] = {}
-    missing: dict[str, str] = {}
-    for name, (numerator, denominator, reason) in ratios.items():
-        available = unusable is None and denominator > 0
-        values[name] = numerator / denominator if available else None
-        if not available:
-            missing[name] = unusable or reason
-    return {**values, "not_available": missing}
-
-
-def _checked(
+def _check_images(
     maps: Maps, defect_masks: Masks, defect_types: Sequence[str] | None
 ) -> list[tuple[np.ndarray, np.ndarray | None, str | None]]:
     """Returns (float32 map [h, w], bool mask [h, w] or None, type or None) of each image."""
@@ -353,26 +77,28 @@ def _checked(
 
 
 class SegmentationAccumulator:
-    """Computes what `segmentation_metrics` does from batch after batch, without keeping the maps.
+    """Computes the metrics of `segmentation_metrics` batch by batch, without keeping the maps.
 
-    It keeps each distinct float32 score with its number of pixels, and for defect pixels the sum of
-    1 / area of their regions: all is exact, ties and saturation included, whatever the order and
-    the batches. When there are more than `max_scores` distinct scores, the lowest mantissa bit of
-    all is dropped, and again until they fit: memory stops growing, scores that agree in the other
-    bits count as ties, and `result` says so and bounds the error of each number. Counts are whole
-    numbers in float64, exact up to 2**53 pixels.
+    It keeps each distinct float32 score with its number of pixels. For defect pixels it also keeps
+    the sum of 1 / area of their regions. The metrics are exact, also with ties and saturated
+    scores, in any order and any batch size.
+
+    When there are more than `max_scores` distinct scores, the lowest mantissa bit of all scores is
+    dropped until they fit. Memory then stops growing, and scores that agree in the other bits
+    become ties. `result` reports the number of dropped bits and an error bound for each metric.
+    Counts are whole numbers in float64, exact up to 2**53 pixels.
     """
 
     def __init__(self, *, thresholds: Iterable[float] = (), max_scores: int | None = MAX_SCORES):
-        """Makes an empty accumulator.
+        """Creates an empty accumulator.
 
         Args:
             thresholds: pixel thresholds, rounded to float32, at which `result` reports
-                AT_THRESHOLD_METRICS, always exactly. To be known beforehand: the IoU of single
-                images needs the maps.
-            max_scores: how many distinct scores to keep, summed over defect types, one of defect
-                pixels counted as four; 12 bytes each, and four times this while they are merged.
-                None: no limit.
+                AT_THRESHOLD_METRICS, always exactly. They must be known in advance because the
+                IoU of single images needs the maps.
+            max_scores: the largest number of distinct scores to keep, summed over defect types. A
+                score of a defect pixel counts as four. A score takes 12 bytes, and four times as
+                much during a merge. None: no limit.
 
         Raises:
             ValueError: max_scores is below 1.
@@ -383,7 +109,7 @@ class SegmentationAccumulator:
         self.max_scores = max_scores
         self._shift = 0  # low bits of the keys that were dropped
         self._pending = 0  # pixels
-        self._groups: dict[str | None, _Group] = {}
+        self._groups: dict[str | None, pixel_tables.TypeTables] = {}
 
     def add(
         self, maps: Maps, defect_masks: Masks, defect_types: Sequence[str] | None = None
@@ -392,24 +118,24 @@ class SegmentationAccumulator:
 
         Args:
             maps: float [n, h, w], or n arrays [h, w] of any sizes; rounded to float32.
-            defect_masks: bool or integer, shaped as the maps, nonzero = defect. None for an image,
-                or for all, without ground truth: it is left out of everything and counted as one
-                of images_without_mask. A good image needs an empty mask.
+            defect_masks: bool or integer, shaped as the maps, nonzero = defect. None for an image
+                without ground truth, or for all images: such an image is used for no metric and
+                is counted in images_without_mask. A good image needs an empty mask.
             defect_types: n names, "good" for good images. Without them an image is good when its
                 mask is empty, and there are no results per defect type.
 
         Raises:
-            ValueError: numbers or shapes do not fit or a mask is neither bool nor integer; nothing
-                was added.
+            ValueError: lengths or shapes differ, or a mask is neither bool nor integer. Nothing
+                is added in this case.
         """
-        for scores, mask, name in _checked(maps, defect_masks, defect_types):
+        for scores, mask, name in _check_images(maps, defect_masks, defect_types):
             if name is None and mask is not None and not mask.any():
                 name = GOOD
             if name not in self._groups:
                 zeros = {
                     key: np.zeros(len(self.thresholds)) for key in ("tp", "fp", "iou", "flagged")
                 }
-                self._groups[name] = _Group(at_threshold=zeros)
+                self._groups[name] = pixel_tables.TypeTables(at_threshold=zeros)
             if mask is None:
                 self._groups[name].images_without_mask += 1
             else:
@@ -417,7 +143,9 @@ class SegmentationAccumulator:
             if self.max_scores is not None and self._pending >= _MAX_PENDING:
                 self._flush()
 
-    def _add_image(self, group: _Group, scores: np.ndarray, mask: np.ndarray) -> None:
+    def _add_image(
+        self, group: pixel_tables.TypeTables, scores: np.ndarray, mask: np.ndarray
+    ) -> None:
         group.images += 1
         non_finite = scores.size - int(np.count_nonzero(np.isfinite(scores)))
         if non_finite:
@@ -425,9 +153,9 @@ class SegmentationAccumulator:
             group.non_finite_pixels += non_finite
             return
 
-        keys = _keys(scores)
+        keys = pixel_tables.keys_from_scores(scores)
         if mask.any():
-            regions, number = ndimage.label(mask, _EIGHT_CONNECTED)
+            regions, number = ndimage.label(mask, EIGHT_CONNECTED)
             region = regions[mask]
             group.pending_defect.append(keys[mask])
             group.pending_weights.append((1.0 / np.maximum(np.bincount(region), 1))[region])
@@ -449,36 +177,44 @@ class SegmentationAccumulator:
                 group.at_threshold["iou"][i] += tp / (np.count_nonzero(mask) + positives - tp)
 
     def _flush(self) -> None:
-        """Moves the pending pixels into the tables and keeps these below their limit."""
+        """Merges the pending pixels into the tables and drops bits if the tables are too large."""
         shift = np.uint32(self._shift)
         for group in self._groups.values():
             if group.pending_normal:
                 keys = np.concatenate(group.pending_normal)
                 group.pending_normal.clear()
-                group.normal = _merge(group.normal, _tabulate(keys >> shift if shift else keys))
+                group.normal = pixel_tables.merge(
+                    group.normal, pixel_tables.tabulate(keys >> shift if shift else keys)
+                )
             if group.pending_defect:
                 keys = np.concatenate(group.pending_defect) >> shift
                 weights = np.concatenate(group.pending_weights)
                 group.pending_defect.clear()
                 group.pending_weights.clear()
-                group.defect = _merge(group.defect, _tabulate_regions(keys, weights))
+                group.defect = pixel_tables.merge(
+                    group.defect, pixel_tables.tabulate_regions(keys, weights)
+                )
         self._pending = 0
         limit = np.inf if self.max_scores is None else self.max_scores
         while self._entries() > limit and self._shift < _MAX_SHIFT:
             self._shift += 1
             for group in self._groups.values():
-                group.normal = _sum_runs(group.normal.keys >> np.uint32(1), group.normal.sums)
-                group.defect = _sum_runs(group.defect.keys >> np.uint32(1), group.defect.sums)
+                group.normal = pixel_tables.sum_runs(
+                    group.normal.keys >> np.uint32(1), group.normal.sums
+                )
+                group.defect = pixel_tables.sum_runs(
+                    group.defect.keys >> np.uint32(1), group.defect.sums
+                )
 
     def _entries(self) -> int:
         groups = self._groups.values()
         return sum(len(g.normal.keys) + _DEFECT_COST * len(g.defect.keys) for g in groups)
 
     def result(self, *, curve_points: int = 0) -> dict[str, Any]:
-        """Returns the metrics of all that was added; more can be added afterwards.
+        """Returns the metrics of all images added so far; more can be added afterwards.
 
         Args:
-            curve_points: when above 0, the most points of each curve under "curves".
+            curve_points: if above 0, the largest number of points of each curve under "curves".
 
         Returns:
             The dict that `segmentation_metrics` describes.
@@ -494,22 +230,25 @@ class SegmentationAccumulator:
 
     def _result(self, names: Sequence[str | None], curve_points: int) -> dict[str, Any]:
         groups = [self._groups[name] for name in names]
-        counts = _count(groups)
-        unusable = _unusable(groups)
+        counts = pixel_tables.count_at_thresholds(groups)
+        unusable = pixel_tables.why_unusable(groups)
         reason = unusable
         if reason is None and not counts.defect_pixels:
-            reason = _NO_DEFECTS
+            reason = pixel_tables.NO_DEFECTS
         elif reason is None and not counts.normal_pixels:
-            reason = _NO_NORMALS
+            reason = pixel_tables.NO_NORMALS
         result: dict[str, Any] = dict.fromkeys(PIXEL_METRICS)
         bounds: dict[str, float] = {}
         if reason is None:
-            values, bounds = _pixel_metrics(counts, self._shift)
+            values, bounds = pixel_tables.pixel_metrics(counts, self._shift)
             result.update(values)
         result["not_available"] = dict.fromkeys(PIXEL_METRICS, reason) if reason else {}
         good = self._groups.get(GOOD)
         result["at_threshold"] = [
-            {"threshold": float(threshold), **_at_threshold(groups, good, i, counts, unusable)}
+            {
+                "threshold": float(threshold),
+                **pixel_tables.metrics_at_threshold(groups, good, i, counts, unusable),
+            }
             for i, threshold in enumerate(self.thresholds)
         ]
         for name in ("images", "images_with_defect", "images_without_mask", "regions"):
@@ -521,14 +260,16 @@ class SegmentationAccumulator:
         result["error_bounds"] = bounds if self._shift else dict.fromkeys(bounds, 0.0)
         if curve_points > 0:
             points = max(curve_points, 2)
-            result["curves"] = {} if reason else _curves(groups, counts, self._shift, points)
+            result["curves"] = (
+                {} if reason else pixel_tables.make_curves(groups, counts, self._shift, points)
+            )
         return result
 
     def threshold_from_good(self, false_positive_rate: float) -> float | None:
-        """Returns the lowest threshold that at most a given share of good images' pixels reaches.
+        """Returns the lowest threshold that at most this share of the good images' pixels reaches.
 
-        As `thresholds.threshold_from_good`; None also without good images. Dropped bits can make it
-        higher than need be; the share is kept all the same.
+        See `thresholds.threshold_from_good`. Returns None also without good images. Dropped bits
+        can raise the threshold; the share then stays below the limit.
 
         Raises:
             ValueError: false_positive_rate is not in [0, 1].
@@ -540,8 +281,9 @@ class SegmentationAccumulator:
             return None
         table = good.normal
         keys = np.append(table.keys, table.keys[-1] + np.uint32(1))
-        at = first_allowed(table.sums[0], false_positive_rate)
-        return float(_scores(keys[at : at + 1] << np.uint32(self._shift))[0])
+        index = first_allowed(table.sums[0], false_positive_rate)
+        key = keys[index : index + 1] << np.uint32(self._shift)
+        return float(pixel_tables.scores_from_keys(key)[0])
 
 
 def segmentation_metrics(
@@ -552,18 +294,18 @@ def segmentation_metrics(
     thresholds: Iterable[float] = (),
     curve_points: int = 0,
 ) -> dict[str, Any]:
-    """Computes the pixel and region metrics of anomaly maps, all from one sort of the scores.
+    """Computes the pixel and region metrics of anomaly maps from one sort of the scores.
 
     AU-PRO is the area under the PRO curve up to a false-positive rate of 0.3, where the curve is
     interpolated linearly, divided by 0.3 (Bergmann et al., "The MVTec Anomaly Detection Dataset",
-    IJCV 2021). Always exact: unlike the accumulator's, its memory grows with the maps.
+    IJCV 2021). The result is always exact. Unlike the accumulator, memory grows with the maps.
 
     Args:
         maps: as in `SegmentationAccumulator.add`.
-        defect_masks: as there.
-        defect_types: as there.
+        defect_masks: as in `SegmentationAccumulator.add`.
+        defect_types: as in `SegmentationAccumulator.add`.
         thresholds: pixel thresholds at which AT_THRESHOLD_METRICS are reported.
-        curve_points: when above 0, the most points of each curve under "curves".
+        curve_points: if above 0, the largest number of points of each curve under "curves".
 
     Returns:
         A dict of plain Python values:
@@ -574,16 +316,16 @@ def segmentation_metrics(
             mean_iou is over the images with a defect; good_images_flagged is the share of good
             images with a pixel at or above the threshold.
         images, images_with_defect, images_without_mask, regions, defect_pixels, normal_pixels: int.
-        exact: bool; score_bits_dropped: int; error_bounds: {metric: how far dropped bits can have
-            moved it}.
+        exact: bool; score_bits_dropped: int; error_bounds: {metric: largest error that the
+            dropped bits can cause}.
         curves: "roc", "pr", "pro" and "iou", each {axis: list of float}; {} when not available. The
-            IoU is at thresholds from 0 to 1, or from the lowest to the highest score if one lies
-            outside.
-        defect_types: {type: such a dict, without defect_types, of the images of this type and all
-            good ones}.
+            IoU is at thresholds from 0 to 1, or from the lowest to the highest score if a score
+            lies outside.
+        defect_types: {type: the same dict, without defect_types, for the images of this type and
+            all good images}.
 
     Raises:
-        ValueError: numbers or shapes do not fit, or a mask is neither bool nor integer.
+        ValueError: lengths or shapes differ, or a mask is neither bool nor integer.
     """
     accumulator = SegmentationAccumulator(thresholds=thresholds, max_scores=None)
     accumulator.add(maps, defect_masks, defect_types)
@@ -591,7 +333,7 @@ def segmentation_metrics(
 
 
 def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Computes the image metrics, with scikit-learn.
+    """Computes AUROC, AP and best F1 of image scores, with scikit-learn.
 
     Args:
         scores: float [n], higher = more anomalous.

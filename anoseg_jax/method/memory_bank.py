@@ -371,8 +371,7 @@ def build(
             grid=grid,
         )
 
-    scales = []
-    calibration = np.asarray(images[in_calibration], np.float32) / 255
+    scales, calibration = [], np.asarray(images[in_calibration], np.float32) / 255
     for halvings in (0, 1):
         # The images as they are: augmentation blurs them, and those to be judged are not blurred.
         rng = np.random.default_rng([seed, 0, 3 + halvings])
@@ -385,8 +384,8 @@ def build(
         bank = _subset(bank, chosen)
         bank = bank.replace(position_scale=np.float32(weight * bank.position_scale))
         scaled = jax.jit(halve)(calibration) if halvings else calibration
-        one_image = len(np.unique(image_ids)) == 1
-        scales.append(_calibrate(bank, None if one_image else scaled, grid=grid))
+        others = scaled if len(np.unique(image_ids)) > 1 else None
+        scales.append(_calibrate(bank, others, grid=grid))
     return MemoryBank(fine=scales[0], coarse=scales[1])
 
 
@@ -436,7 +435,7 @@ def _subset(bank: PatchBank, rows: np.ndarray) -> PatchBank:
 def _calibrate(bank: PatchBank, images: Array | None, *, grid: PatchGrid) -> PatchBank:
     """Returns the bank with mean and standard deviation of the distances of images not in it.
 
-    With None, because there are no others, of the bank's patches to each other (leave-one-out).
+    Without images, of the bank's patches to each other (leave-one-out).
     """
     if images is not None:
         nearest = np.asarray(_jitted_distances(bank, images, grid=grid))

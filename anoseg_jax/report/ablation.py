@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from etils.epath import Path
 
-from anoseg_jax.evaluation import evaluate
-from anoseg_jax.report import compare
+from anoseg_jax.evaluation.results import read_results
+from anoseg_jax.report import runs
 from anoseg_jax.running import files
 
 # The columns.
@@ -101,7 +101,7 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
     """Returns the results of each category in a workdir; none of a workdir without results.json."""
     if not (folder / "results.json").exists():
         return {}
-    return evaluate.read_results(folder)["categories"]
+    return read_results(folder)["categories"]
 
 
 def _cells(of_seeds: Sequence[dict[str, Any] | None], seeds: Sequence[int]) -> dict[str, dict]:
@@ -109,7 +109,7 @@ def _cells(of_seeds: Sequence[dict[str, Any] | None], seeds: Sequence[int]) -> d
     unfinished = {"not_available": dict.fromkeys(METRICS, "not finished")}
     found = dict(zip(seeds or [0], [results or unfinished for results in of_seeds], strict=True))
     return {
-        metric: _cell([r.get(metric) for r in found.values()], compare._reason(metric, found))
+        metric: _cell([r.get(metric) for r in found.values()], runs.why_missing(metric, found))
         for metric in METRICS
     }
 
@@ -117,7 +117,7 @@ def _cells(of_seeds: Sequence[dict[str, Any] | None], seeds: Sequence[int]) -> d
 def _cell(of_seeds: Sequence[float | None], reason: str | None) -> dict[str, Any]:
     return {
         "value": None if reason else float(np.mean(of_seeds)),
-        "std": compare._std(of_seeds),
+        "std": runs.std_of(of_seeds),
         "seeds": list(of_seeds),
         "difference": None,
         "reason": reason,

@@ -1,41 +1,28 @@
-"""Pictures of what a model found, missed and mistook."""
+"""PNG files of the best, worst, missed and falsely detected test images of a category."""
 
 import io
 from typing import Any
 
-import matplotlib
 import numpy as np
 from etils.epath import Path
 from PIL import Image, ImageDraw
-from scipy import ndimage
 
-from anoseg_jax.evaluation.evaluate import Evaluation, as_shown
+from anoseg_jax.evaluation.evaluate import Evaluation, to_display_scale
+from anoseg_jax.report.panels import COLOURS, PREDICTION, TRUTH, outline
 
-COLOURS = matplotlib.colormaps["inferno"]
-TRUTH, FOUND = (0, 200, 80), (255, 60, 60)  # outlines of the true and of the found defect
 PANEL = 256  # pixels: the height that each panel is drawn at
-
-
-def outline(image: Image.Image, region: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
-    """Draws the edge of a region [h, w] (bool, any size) into an image, two pixels wide."""
-    region = Image.fromarray(region).resize(image.size, Image.Resampling.NEAREST)
-    inside = np.asarray(region)
-    edge = ndimage.binary_dilation(inside, iterations=2) & ~inside
-    pixels = np.asarray(image).copy()
-    pixels[edge] = colour
-    return Image.fromarray(pixels)
 
 
 def draw_picture(
     image: np.ndarray, mask: np.ndarray | None, image_map: np.ndarray, threshold: float, title: str
 ) -> Image.Image:
-    """Draws image, truth, anomaly map and what is found at the threshold, side by side.
+    """Draws image, truth, anomaly map and the region at or above the threshold, side by side.
 
     Args:
       image: uint8 [h, w, 3].
       mask: bool [h, w], or None where the truth is not known.
       image_map: float [h, w] in [0, 1]; every picture has the same colours for the same values.
-      threshold: what counts as found.
+      threshold: of `image_map`.
       title: a line of text on top.
     """
     h, w = image_map.shape
@@ -48,7 +35,7 @@ def draw_picture(
             outline(photo, mask, TRUTH) if mask is not None else photo
         ),
         "anomaly map, 0 to 1": heat.resize(size, Image.Resampling.BILINEAR),
-        f"found at {threshold:.3f}": outline(photo, image_map >= threshold, FOUND),
+        f"found at {threshold:.3f}": outline(photo, image_map >= threshold, PREDICTION),
     }
     gap, top = 8, 40
     sheet = Image.new("RGB", (4 * (size[0] + gap) + gap, top + PANEL + gap), "white")
@@ -90,7 +77,7 @@ def choose(evaluation: Evaluation, count: int) -> dict[str, list[int]]:
 def write_pictures(
     folder: str | Path, evaluation: Evaluation, arrays: dict[str, np.ndarray], count: int
 ) -> None:
-    """Draws the chosen images of an evaluation into `folder`, replacing what was there.
+    """Draws the chosen images of an evaluation into `folder` and replaces its content.
 
     Args:
       folder: `W/<category>/pictures`.
@@ -104,7 +91,7 @@ def write_pictures(
     temporary.mkdir(parents=True)
     threshold = evaluation.results["iou_threshold"]
     scale = evaluation.results.get("map_scale")
-    threshold = 0.5 if threshold is None else float(as_shown(threshold, scale))
+    threshold = 0.5 if threshold is None else float(to_display_scale(threshold, scale))
     for kind, indices in choose(evaluation, count).items():
         for rank, index in enumerate(indices):
             row = evaluation.images[index]

@@ -1,0 +1,251 @@
+"""Plots of a page as SVG: curves of a category, its scores, and its training."""
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from anoseg_jax.evaluation.metrics import GOOD
+from anoseg_jax.report.panels import Card, Threshold
+
+LOSSES = {
+    "loss_segmentation": "segmentation",
+    "loss_reconstruction": "reconstruction",
+    "loss_adversarial": "adversarial",
+    "loss_discriminator": "discriminator",
+}
+# From the palette of Okabe and Ito, for readers with colour blindness.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#8a9199"
+PLOT_STYLE = {
+    "svg.fonttype": "none",  # text stays text: small, and readable by machines
+    "svg.hashsalt": "anoseg_jax",  # equal plots, equal bytes
+    "text.parse_math": False,  # a defect type may be called "$"
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e9ebee",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+}
+
+
+def draw_plot(plot: Callable[[Axes], None]) -> str:
+    """Returns what `plot` draws as an SVG without a width: the page sets it."""
+    with matplotlib.style.context(["default", PLOT_STYLE]), warnings.catch_warnings():
+        # The font lacks some letters that names may have; the browser that draws them does not.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure = Figure(figsize=(4.5, 3.3), layout="constrained")
+        plot(figure.subplots())
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # the same ids in every plot
+    return re.sub(r' (?:width|height)="[^"]*pt"', "", svg, count=2)
+
+
+def plot_rates(
+    axes: Axes, curves: Mapping[str, tuple[Any, Any, str]], x_name: str, y_name: str
+) -> None:
+    """Plots curves in the unit square: {"pixels" or "images": (x, y, label)}."""
+    for name, (x, y, label) in curves.items():
+        axes.plot(x, y, color={"pixels": BLUE, "images": ORANGE}[name], label=label)
+    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), xlabel=x_name, ylabel=y_name)
+    axes.legend(loc="best")
+
+
+def plot_pro(axes: Axes, curve: Mapping[str, list[float]], area: float | None) -> None:
+    """Plots the PRO curve, and fills the area that AU-PRO measures."""
+    x, y = np.array(curve["false_positive_rate"]), np.array(curve["overlap"])
+    axes.plot(x, y, color=BLUE, label=_label("AU-PRO", area))
+    inside = np.append(x[x < 0.3], 0.3)
+    axes.fill_between(inside, np.interp(inside, x, y), color=BLUE, alpha=0.12, linewidth=0)
+    axes.axvline(0.3, color=GREY, linestyle=":", linewidth=1)
+    axes.set(xlim=(-0.005, 0.35), ylim=(-0.01, 1.02))
+    axes.set(xlabel="false-positive rate of pixels", ylabel="share found of a region, mean")
+    axes.legend(loc="best")
+
+
+def plot_iou(axes: Axes, curve: Mapping[str, list[float]], threshold: float | None) -> None:
+    """Plots the IoU against the threshold, and the threshold of this page."""
+    axes.plot(curve["threshold"], curve["iou"], color=BLUE, label="IoU")
+    if threshold is not None:
+        axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label="threshold")
+    axes.set(xlabel="threshold of the anomaly map", ylabel="IoU of all pixels")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="best")
+
+
+def plot_histogram(axes: Axes, cards: Sequence[Card], threshold: float | None) -> None:
+    """Plots how scores of good and of defective images are distributed."""
+    scores = {
+        label: [c.score for c in cards if c.label == label and np.isfinite(c.score)]
+        for label in (0, 1)
+    }
+    edges = np.histogram_bin_edges(scores[0] + scores[1], bins=30)
+    for label, name, colour in ((0, "good", BLUE), (1, "defective", ORANGE)):
+        if values := scores[label]:
+            axes.hist(
+                values,
+                bins=edges,
+                weights=np.full(len(values), 100 / len(values)),
+                color=colour,
+                alpha=0.55,
+                label=f"{name}: {len(values)}",
+            )
+    if threshold is not None:
+        axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label="threshold")
+    axes.set(xlabel="score of the image", ylabel="% of the images of its kind")
+    axes.legend(loc="best")
+
+
+def plot_types(axes: Axes, cards: Sequence[Card], threshold: float | None) -> None:
+    """Plots the score of each image, a row a defect type."""
+    types = types_of(cards)
+    for row, defect_type in enumerate(types):
+        scores = sorted(c.score for c in cards if c.defect_type == defect_type)
+        # Jitter, so that points do not hide each other. It is the same in every page.
+        heights = row + 0.3 * np.sin(2.4 * np.arange(len(scores)))
+        colour = BLUE if defect_type == GOOD else ORANGE
+        axes.plot(scores, heights, ".", color=colour, alpha=0.6, markersize=4)
+    if threshold is not None:
+        axes.axvline(threshold, color="black", linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(types)), [shorten(name) for name in types])
+    axes.set(xlabel="score of the image", ylim=(len(types) - 0.4, -0.6))
+    axes.grid(axis="y", visible=False)
+
+
+def plot_losses(axes: Axes, log: Sequence[Mapping[str, Any]]) -> None:
+    """Plots every loss of the log."""
+    for (name, label), colour in zip(LOSSES.items(), (BLUE, GREEN, ORANGE, PURPLE), strict=True):
+        points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=_marker(points))
+    values = [line[name] for line in log for name in LOSSES if line.get(name) is not None]
+    if values and min(values) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set(xlabel="step", ylabel="loss")
+    if values:
+        axes.legend(loc="best")
+
+
+def plot_learning_rate(axes: Axes, log: Sequence[Mapping[str, Any]]) -> None:
+    """Plots the learning rate of the generator."""
+    points = [(line["step"], line["learning_rate"]) for line in log if "learning_rate" in line]
+    if points:
+        axes.plot(*zip(*points, strict=True), color=BLUE, marker=_marker(points))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.ticklabel_format(axis="y", scilimits=(-2, 3))
+    axes.set(xlabel="step", ylabel="learning rate")
+    axes.set_ylim(bottom=0)
+
+
+def types_of(cards: Sequence[Card]) -> list[str]:
+    """Returns the defect types, good first."""
+    return sorted({card.defect_type for card in cards}, key=lambda name: (name != GOOD, name))
+
+
+def draw_curves(
+    results: Mapping[str, Any],
+    curves: Mapping[str, Mapping[str, list[float]]],
+    cards: Sequence[Card],
+    thresholds: Mapping[str, Threshold],
+) -> list[dict[str, Any]]:
+    """Returns the plots of a category: title, svg or None, and the reason for None (missing)."""
+    labels = np.array([card.label for card in cards], int)
+    scores = np.array([card.score for card in cards], float)
+    image_curves = len(set(labels)) == 2 and bool(np.isfinite(scores).all())
+    missing = results.get("not_available", {})
+    roc, pr = {}, {}
+    if "roc" in curves and "pr" in curves:
+        x, y = curves["roc"]["false_positive_rate"], curves["roc"]["true_positive_rate"]
+        roc["pixels"] = (x, y, _label("pixels: AUROC", results.get("pixel_auroc")))
+        x, y = curves["pr"]["recall"], curves["pr"]["precision"]
+        pr["pixels"] = (x, y, _label("pixels: AP", results.get("pixel_ap")))
+    if image_curves:
+        x, y, _ = roc_curve(labels, scores)
+        roc["images"] = (x, y, _label("images: AUROC", results.get("image_auroc")))
+        # scikit-learn appends recall 0 and precision 1 by convention: no image is there.
+        y, x, _ = precision_recall_curve(labels, scores)
+        pr["images"] = (x[:-1], y[:-1], _label("images: AP", results.get("image_ap")))
+    pixel, image = thresholds["pixel"].value, thresholds["image"].value
+    no_pixels = missing.get("pixel_auroc", "curves.json is not there")
+    no_images = "there are no scores" if not cards else ""
+    rates = ("false-positive rate", "true-positive rate")
+    plots = [
+        ("ROC", roc, lambda axes: plot_rates(axes, roc, *rates), no_pixels),
+        (
+            "Precision and recall",
+            pr,
+            lambda axes: plot_rates(axes, pr, "recall", "precision"),
+            no_pixels,
+        ),
+        (
+            "PRO: share found of each defect region",
+            "pro" in curves,
+            lambda axes: plot_pro(axes, curves["pro"], results.get("au_pro")),
+            no_pixels,
+        ),
+        (
+            "IoU at every threshold",
+            "iou" in curves,
+            lambda axes: plot_iou(axes, curves["iou"], pixel),
+            no_pixels,
+        ),
+        (
+            "Scores of good and defective images",
+            np.isfinite(scores).any(),
+            lambda axes: plot_histogram(axes, cards, image),
+            no_images or "no score is finite",
+        ),
+        (
+            "Scores by defect type",
+            np.isfinite(scores).any(),
+            lambda axes: plot_types(axes, cards, image),
+            no_images or "no score is finite",
+        ),
+    ]
+    return [
+        {"title": title, "svg": draw_plot(plot) if has_data else None, "missing": reason}
+        for title, has_data, plot, reason in plots
+    ]
+
+
+def draw_training(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the plots of a training log: title and svg."""
+    plots = {
+        "Losses": lambda axes: plot_losses(axes, log),
+        "Learning rate": lambda axes: plot_learning_rate(axes, log),
+    }
+    return [{"title": title, "svg": draw_plot(plot)} for title, plot in plots.items()]
+
+
+def shorten(name: str, length: int = 24) -> str:
+    """Returns a name of at most `length` letters; a longer one ends in an ellipsis."""
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _label(name: str, value: float | None) -> str:
+    return name if value is None else f"{name} {value:.4f}"
+
+
+def _marker(points: Sequence) -> str | None:
+    return "o" if len(points) < 3 else None  # a single point has no line
