@@ -190,17 +190,17 @@ def train_step(
     metrics["gradient_norm_discriminator"] = optax.global_norm(discriminator_gradients)
 
     numbers = options["optimizer"]
-    learning_rate = train_state.learning_rate_schedule(state.step, numbers)
-    optimizer, discriminator_optimizer = train_state.create_optimizers(numbers, learning_rate)
-    updates, detector_opt = optimizer.update(detector_gradients, state.detector_opt, state.detector)
-    discriminator_updates, discriminator_opt = discriminator_optimizer.update(
-        discriminator_gradients, state.discriminator_opt, state.discriminator
+    (params, discriminator), (detector_opt, discriminator_opt) = train_state.update_players(
+        (state.detector, state.discriminator),
+        (detector_gradients, discriminator_gradients),
+        (state.detector_opt, state.discriminator_opt),
+        state.step,
+        numbers,
     )
-    params = optax.apply_updates(state.detector, updates)
     return DetectorState(
         step=state.step + 1,
         detector=params,
-        discriminator=optax.apply_updates(state.discriminator, discriminator_updates),
+        discriminator=discriminator,
         detector_opt=detector_opt,
         discriminator_opt=discriminator_opt,
         ema=train_state.update_average(state.ema, params, state.step, numbers["ema_decay"]),

@@ -149,7 +149,7 @@ def distances(
         squared = nearest + jnp.sum(code**2, axis=-1) + rest
         return jnp.sqrt(jnp.maximum(squared, 0.0)).reshape(x.shape[1:3])
 
-    # Image by image: every patch of a batch against all of the bank would be gigabytes.
+    # Image by image: all patches of a batch against all of the bank would be gigabytes.
     return jax.lax.map(distances_of_image, (images, image_ids))
 
 
@@ -166,9 +166,8 @@ def split_bank_images(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits images into those of the bank and those that calibrate it; returns their positions.
 
-    The seed draws the split. Equal images are on one side, a single image is on both. Then they are
-    repeated or thinned out to fixed counts, three quarters and one quarter of `num_images`: one
-    compiled program serves every category.
+    The seed draws the split; equal images are on one side, a single image on both. Then they are
+    repeated or thinned out to three quarters and one quarter of `num_images`.
     """
     unique = np.unique(image_ids, return_index=True)[1]
     order = np.random.default_rng([seed, 0, 2]).permutation(unique)
@@ -253,8 +252,8 @@ def _distances_by_weight(
 ) -> tuple[Array, Array, Array]:
     """Returns distances for each weight of the position: [n, weights, patches], three of them.
 
-    Of good images; of good images as if they were moved by an eighth of their size; of defective
-    images. Two matrix products an image serve all weights.
+    Of good images; of good images as if moved by an eighth; of defective images. Two matrix
+    products an image serve all weights.
     """
 
     def squared_distances(x: Array) -> Array:
@@ -349,7 +348,7 @@ def build(
       options: `config.memory_bank`.
       coords: the position of a patch counts.
       make_examples: images and ids to training examples, `good`, `defective` (float in [0, 1]) and
-        `masks`: the position's weight is selected by them.
+        `masks`, which select the position's weight.
     """
     grid = PatchGrid(options["patch"], options["stride"])
     in_bank, in_calibration = split_bank_images(
@@ -371,7 +370,7 @@ def build(
             grid=grid,
         )
 
-    scales, calibration = [], np.asarray(images[in_calibration], np.float32) / 255
+    scales, calibration = [], np.float32(images[in_calibration]) / 255
     for halvings in (0, 1):
         # The images as they are: augmentation blurs them, and those to be judged are not blurred.
         rng = np.random.default_rng([seed, 0, 3 + halvings])

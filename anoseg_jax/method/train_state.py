@@ -201,6 +201,29 @@ def update_average(ema: Any, params: Any, step: Array, decay: Array | float) -> 
     return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)
 
 
+def update_players(
+    players: tuple[Any, Any],
+    gradients: tuple[Any, Any],
+    opt_states: tuple[optax.OptState, optax.OptState],
+    step: Array,
+    options: Mapping[str, Any],
+) -> tuple[tuple[Any, Any], tuple[optax.OptState, optax.OptState]]:
+    """Returns parameters and optimizer states of both players after one optimizer step.
+
+    The second player is the discriminator. `step` is the number of steps done before; `options` are
+    those of `learning_rate_schedule` and `create_optimizers`.
+    """
+    optimizers = create_optimizers(options, learning_rate_schedule(step, options))
+    updated = [
+        optimizer.update(gradient, opt_state, params)
+        for optimizer, gradient, opt_state, params in zip(
+            optimizers, gradients, opt_states, players, strict=True
+        )
+    ]
+    updates, opt_states = zip(*updated, strict=True)
+    return tuple(map(optax.apply_updates, players, updates)), opt_states
+
+
 def apply_gradients(
     state: TrainState,
     generator_gradients: Any,
@@ -209,22 +232,20 @@ def apply_gradients(
 ) -> TrainState:
     """Returns the state after one optimizer step of both players.
 
-    `options` are those of `learning_rate_schedule` and `create_optimizers`, and `ema_decay`.
+    `options` are those of `update_players`, and `ema_decay`.
     """
-    learning_rate = learning_rate_schedule(state.step, options)
-    optimizer, discriminator_optimizer = create_optimizers(options, learning_rate)
-    updates, generator_opt = optimizer.update(
-        generator_gradients, state.generator_opt, state.generator
+    (generator, discriminator), (generator_opt, discriminator_opt) = update_players(
+        (state.generator, state.discriminator),
+        (generator_gradients, discriminator_gradients),
+        (state.generator_opt, state.discriminator_opt),
+        state.step,
+        options,
     )
-    discriminator_updates, discriminator_opt = discriminator_optimizer.update(
-        discriminator_gradients, state.discriminator_opt, state.discriminator
-    )
-    generator_params = optax.apply_updates(state.generator, updates)
     return state.replace(
         step=state.step + 1,
-        generator=generator_params,
-        discriminator=optax.apply_updates(state.discriminator, discriminator_updates),
+        generator=generator,
+        discriminator=discriminator,
         generator_opt=generator_opt,
         discriminator_opt=discriminator_opt,
-        ema=update_average(state.ema, generator_params, state.step, options["ema_decay"]),
+        ema=update_average(state.ema, generator, state.step, options["ema_decay"]),
     )
