@@ -36,7 +36,7 @@ $(TORCH_VENV)/.installed: $(VENV)/.installed
 	@touch $@
 
 test-torch: install-torch
-	$(TORCH_BIN)/python -m pytest tests/test_torch_reference.py tests/test_torch_weights.py tests/test_replay.py
+	$(TORCH_BIN)/python -m pytest tests/interop
 
 lint: install
 	$(BIN)/ruff check .

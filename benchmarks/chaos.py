@@ -65,7 +65,7 @@ def start(here: Path, workdir: Path, processes: int) -> list[subprocess.Popen]:
         command = [
             sys.executable,
             str(ROOT / "launch.py"),
-            "--config=configs/test.py",
+            "--config=tests/tiny_config.py",
             f"--config.data_dir={here / 'data'}",
             f"--workdir={workdir}",
             f"--config.num_steps={STEPS}",

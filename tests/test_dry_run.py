@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny_config
 
 from anoseg_jax import dry_run
 from anoseg_jax.method import memory_bank, models, train_state
 from configs import ablation, mvtec
-from configs import test as test_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,7 +26,7 @@ def test_every_training_is_listed_and_those_that_share_a_program_are_grouped():
     assert [len(group) for group in dry_run.group_by_program(config)] == [6] * 5
     ((one_program),) = dry_run.group_by_program(mvtec.get_config())
     assert [folder for folder, _ in one_program] == list(mvtec.CATEGORIES)
-    assert [folder for folder, _ in dry_run.trainings(test_config.get_config())] == ["<category>"]
+    assert [folder for folder, _ in dry_run.trainings(tiny_config.get_config())] == ["<category>"]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_every_training_is_listed_and_those_that_share_a_program_are_grouped():
     ],
 )
 def test_categories_share_a_program_if_static_options_and_sizes_are_equal(changes, num_programs):
-    config = test_config.get_config("bolt,nut")
+    config = tiny_config.get_config("bolt,nut")
     config.category_options.nut = changes
     assert len(dry_run.group_by_program(config)) == num_programs
 
@@ -63,7 +63,7 @@ def test_numbers_have_units(text, expected):
 
 def test_the_numbers_are_those_of_the_program():
     """In two parts on four devices: memory is of all of it, operations are of every image."""
-    config = test_config.get_config()
+    config = tiny_config.get_config()
     config.update({"batch_size": 8, "accumulate": 2, "defects": {"preset": "plain"}})
     (step,) = dry_run.training_steps(config)
     analysis = dry_run.analyze(step, config)
@@ -85,7 +85,7 @@ def test_the_numbers_are_those_of_the_program():
 
 def test_parameters_are_what_is_learned():
     """Also those of the detector; the memory bank is part of the state but not learned."""
-    config = test_config.get_config()
+    config = tiny_config.get_config()
     config.detector.enabled = True
     generator, detector = dry_run.training_steps(config)
     analysis = dict.fromkeys(("memory", "arguments", "outputs", "temporaries"), 0)
@@ -122,10 +122,10 @@ sys.path.insert(0, sys.argv[1])
 sys.argv[:2] = [sys.argv[1] + "/launch.py"]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    config = test_config.get_config()
+    config = tiny_config.get_config()
     config.memory_bank.size = 0
     flags = (
-        *("--mode=dry_run", f"--config={ROOT}/configs/test.py", "--devices=2", "--workdir=w"),
+        *("--mode=dry_run", f"--config={ROOT}/tests/tiny_config.py", "--devices=2", "--workdir=w"),
         *(
             "--config.data_dir=/none",
             "--config.memory_bank.size=0",

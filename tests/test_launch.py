@@ -57,7 +57,7 @@ def data_dir(tmp_path_factory):
 
 def arguments(data_dir, workdir, *more):
     return (
-        "--config=configs/test.py",
+        "--config=tests/tiny_config.py",
         f"--config.data_dir={data_dir}",
         f"--workdir={workdir}",
         *more,
@@ -76,7 +76,7 @@ def test_one_command_trains_evaluates_and_writes_all_its_files(finished):
     workdir, done = finished
     results = json.loads((workdir / "results.json").read_text())
     assert results.keys() >= {"categories", "mean", "config_sha256", "versions", "device"}
-    assert "launch.py --config=configs/test.py" in results["command"]
+    assert "launch.py --config=tests/tiny_config.py" in results["command"]
     bolt = results["categories"]["bolt"]
     for metric in ("image_auroc", "pixel_auroc", "pixel_ap", "iou", "pixel_f1_max", "au_pro"):
         assert 0 <= bolt[metric] <= 1
@@ -374,7 +374,7 @@ def test_what_cannot_be_measured_is_null_with_a_reason(data_dir, tmp_path):
 
 
 def test_check_reports_without_training(data_dir):
-    done = launch("--config=configs/test.py", f"--config.data_dir={data_dir}", "--mode=check")
+    done = launch("--config=tests/tiny_config.py", f"--config.data_dir={data_dir}", "--mode=check")
     assert done.returncode == 0, done.stderr
     assert "bolt" in done.stdout and "6 good" in done.stdout and "3 hole" in done.stdout
 
@@ -383,15 +383,18 @@ def test_check_reports_without_training(data_dir):
     ("arguments", "message"),
     [
         ([], "error: needs --config=FILE"),
-        (["--config=configs/test.py"], "needs --workdir=DIR"),
+        (["--config=tests/tiny_config.py"], "needs --workdir=DIR"),
         (["--mode=report", "--workdir=/none"], "/none"),
         (["--mode=merge", "--workdir=/none"], "/none has no run.json: no job with"),
         (["--mode=compare", "--workdir=w", "/none", "/none2"], "/none"),
         (["--config=configs/none.py", "--workdir=w"], "configs/none.py"),
-        (["--config=configs/test.py", "--workdir=w", "--config.foo=1"], "no option 'foo'"),
-        (["--config=configs/test.py", "--workdir=w", "--config.num_steps=x"], "config.num_steps=x"),
-        (["--config=configs/test.py", "--workdir=w", "--nope"], "nope"),
-        (["--config=configs/test.py", "--mode=check", "--config.data_dir=/none"], "/none"),
+        (["--config=tests/tiny_config.py", "--workdir=w", "--config.foo=1"], "no option 'foo'"),
+        (
+            ["--config=tests/tiny_config.py", "--workdir=w", "--config.num_steps=x"],
+            "config.num_steps=x",
+        ),
+        (["--config=tests/tiny_config.py", "--workdir=w", "--nope"], "nope"),
+        (["--config=tests/tiny_config.py", "--mode=check", "--config.data_dir=/none"], "/none"),
         (["--config=configs/folder.py:a:b", "--workdir=w"], "the size can only be cpu"),
     ],
 )

@@ -5,13 +5,13 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import tiny_config
 
 from anoseg_jax import experiment, shards
 from anoseg_jax.evaluation import evaluate
 from anoseg_jax.evaluation.results import assemble, write_category
 from anoseg_jax.report import plots
 from anoseg_jax.running import versions
-from configs import test as test_config
 from data import sources
 from data.synthetic_ad import synthetic_ad_dataset_builder as synthetic
 
@@ -35,7 +35,7 @@ def run(monkeypatch):
     monkeypatch.setattr(plots, "draw_plot", lambda plot: "<svg></svg>")
 
     def run(workdir, shard="", **changes):
-        config = test_config.get_config()
+        config = tiny_config.get_config()
         config.update({"seeds": (1, 2), "shard": shard, **changes})
         if config.seeds:
             config.variants.without = {"model": {"coords": False}}

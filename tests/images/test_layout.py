@@ -14,7 +14,7 @@ from PIL import Image
 
 from anoseg_jax.images import decode, layout
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("ANOSEG_SHARED", ROOT.parent / "shared"))
 HEIGHT, WIDTH = 12, 16
 

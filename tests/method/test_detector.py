@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_config
 
 from anoseg_jax.deploy.predictor import Predictor
 from anoseg_jax.evaluation import evaluate
@@ -15,14 +16,13 @@ from anoseg_jax.evaluation.results import write_evaluation, write_results
 from anoseg_jax.images import batches
 from anoseg_jax.method import detector, memory_bank, models, predict, train
 from anoseg_jax.running import checkpoint, loop
-from configs import test as test_config
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
 KEPT, HELD_OUT = batches.hold_out(np.arange(len(IMAGES)), fraction=0.4, seed=0)
 
 
 def make_config(**changes):
-    config = test_config.get_config("bolt")
+    config = tiny_config.get_config("bolt")
     config.log_every = 1
     config.augment.flip_horizontal = True
     config.detector.enabled = True

@@ -2,12 +2,12 @@
 
 import jax
 import numpy as np
+import tiny_config
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
 from anoseg_jax.evaluation import baselines
 from anoseg_jax.method import train, train_state
-from configs import test as test_config
 from data.synthetic_ad import drawing
 
 BASELINES = (baselines.distance_to_mean, baselines.z_score, baselines.pca_patches)
@@ -25,7 +25,7 @@ def test_training_without_a_memory_bank_is_ahead_of_the_trivial_baselines(tmp_pa
     Measured: 0.59 against 0.44 of the best baseline; 0.01 to 0.02 with a loss that ignores the
     masks, with a generator that does not change, and with an augmentation that makes no defects.
     """
-    config = test_config.get_config("washer")
+    config = tiny_config.get_config("washer")
     config.memory_bank.size = 0
     config.held_out = 0.0
     config.model.depth = 3
@@ -39,7 +39,7 @@ def test_training_without_a_memory_bank_is_ahead_of_the_trivial_baselines(tmp_pa
     state = jax.device_get(train.fit(config, good, tmp_path))
 
     # The judge's examples are of another key and of other options than training's.
-    static, options = train_state.split_options(test_config.get_config("washer"))
+    static, options = train_state.split_options(tiny_config.get_config("washer"))
     batch = {"image": np.tile(unseen, (4, 1, 1, 1)), "image_id": np.arange(48, dtype=np.int32)}
     key = jax.random.key(99)
     examples = jax.device_get(train.jitted_make_examples(key, batch, options, static=static))

@@ -8,14 +8,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny_config
 
 from anoseg_jax.evaluation import evaluate
 from anoseg_jax.interop import replay, torch_weights
 from anoseg_jax.method import detector, losses, predict
-from configs import test as test_config
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import torch_reference  # noqa: E402
 import torch_replay  # noqa: E402
 
@@ -25,7 +25,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 48, 3), np.uint8)
 
 
 def make_config():
-    config = test_config.get_config("bolt")
+    config = tiny_config.get_config("bolt")
     config.image_size = (32, 48)
     config.num_steps = STEPS
     config.defects.preset = "plain"  # compiles fast

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_config
 
 from anoseg_jax.interop import torch_weights
 from anoseg_jax.method import detector, memory_bank, models, train, train_state
-from configs import test as test_config
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
 BATCH = {"image": IMAGES, "image_id": np.arange(8, dtype=np.int32)}
@@ -23,7 +23,7 @@ KEY = jax.random.key(7)
 
 
 def make_config(**changes):
-    config = test_config.get_config("bolt")
+    config = tiny_config.get_config("bolt")
     config.defects.preset = "plain"  # compiles in half the time
     config.memory_bank.size = 0
     config.update_from_flattened_dict(changes)
@@ -204,8 +204,8 @@ def test_three_steps_on_given_examples_equal_those_of_the_old_code():
     """The code before the training half was rebuilt (commit 391aee0) wrote the fixture, once.
 
     It has initial weights, three batches of examples, the metrics of three steps on these and the
-    weights after them: with configs/test.py, all kinds of defects (preset "default") and a memory
-    bank of 64 patches.
+    weights after them: with tiny_config, all kinds of defects (preset "default") and a memory bank
+    of 64 patches.
     """
     with np.load(Path(__file__).parent / "fixtures" / "old_steps.npz") as file:
         old = dict(file)

@@ -5,18 +5,18 @@ import json
 import jax
 import numpy as np
 import pytest
+import tiny_config
 
 from anoseg_jax.deploy.predictor import Predictor
 from anoseg_jax.interop import torch_weights
 from anoseg_jax.method import detector, memory_bank, train_state
 from anoseg_jax.running import checkpoint
-from configs import test as test_config
 
-CONFIG = test_config.get_config("bolt")
+CONFIG = tiny_config.get_config("bolt")
 
 
 def no_bank():
-    config = test_config.get_config("bolt")
+    config = tiny_config.get_config("bolt")
     config.memory_bank.size = 0
     return config
 

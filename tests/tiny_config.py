@@ -1,6 +1,6 @@
 """As small as it gets: what the tests run.
 
-python launch.py --config=configs/test.py --config.data_dir=DIR --workdir=W
+python launch.py --config=tests/tiny_config.py --config.data_dir=DIR --workdir=W
 """
 
 from ml_collections import ConfigDict

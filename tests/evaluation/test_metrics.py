@@ -18,7 +18,7 @@ from anoseg_jax.evaluation import metrics, pixel_tables
 from anoseg_jax.method import thresholds
 
 SHARED = pathlib.Path(
-    os.environ.get("ANOSEG_SHARED", pathlib.Path(__file__).resolve().parents[2] / "shared")
+    os.environ.get("ANOSEG_SHARED", pathlib.Path(__file__).resolve().parents[3] / "shared")
 )
 FIXTURE = SHARED / "ref_metrics" / "fixture.npz"
 CASES = ("random", "informative", "ties", "diagonal", "saturated", "constant", "perfect")

@@ -6,11 +6,11 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+import tiny_config
 
 from anoseg_jax.images import batches
 from anoseg_jax.interop import replay, torch_weights
 from anoseg_jax.method import train, train_state
-from configs import test as test_config
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 48, 3), np.uint8)
 IMAGES[5] = IMAGES[2]  # equal images have one id
@@ -18,7 +18,7 @@ STEPS = 3
 
 
 def make_config(bank_size=64):
-    config = test_config.get_config("bolt")
+    config = tiny_config.get_config("bolt")
     config.image_size = (32, 48)
     config.num_steps = STEPS
     config.log_every = 1

@@ -13,7 +13,7 @@ import pytest
 from anoseg_jax.method.train_state import TrainState
 from anoseg_jax.running import checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_state(step):

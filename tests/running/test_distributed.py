@@ -12,7 +12,7 @@ from anoseg_jax import UsageError
 from anoseg_jax.images import batches
 from anoseg_jax.running import distributed
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_folder_is_locked_against_other_runs(tmp_path):

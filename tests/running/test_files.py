@@ -8,6 +8,7 @@ from pathlib import Path as LocalPath
 
 import numpy as np
 import pytest
+import tiny_config
 from etils import epath
 from etils.epath import backend, gpath
 from fsspec.implementations.memory import MemoryFileSystem
@@ -18,10 +19,9 @@ from anoseg_jax import experiment
 from anoseg_jax.images import decode, layout
 from anoseg_jax.report import compare
 from anoseg_jax.running import train_log
-from configs import test as test_config
 from data import sources
 
-ROOT = LocalPath(__file__).resolve().parents[1]
+ROOT = LocalPath(__file__).resolve().parents[2]
 
 
 class Bucket(MemoryFileSystem):
@@ -80,7 +80,7 @@ def write_data(root):
 
 
 def run(root, workdir):
-    config = test_config.get_config()
+    config = tiny_config.get_config()
     config.update({"data_dir": str(root / "data"), "maps_dir": str(root / "maps")})
     config.evaluate.baselines = False
     splits = sources.open_splits(

@@ -14,7 +14,7 @@ from anoseg_jax.evaluation.results import as_markdown, mean_of, write_evaluation
 from anoseg_jax.report import compare, intervals
 from anoseg_jax.report.runs import histograms, mean_over_seeds
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PIXEL = ("pixel_auroc", "pixel_ap", "iou", "pixel_f1_max", "au_pro", "au_pro_0.05")
 
 

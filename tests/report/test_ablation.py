@@ -3,12 +3,12 @@
 import json
 
 import pytest
+import tiny_config
 
 from anoseg_jax import experiment
 from anoseg_jax.evaluation import evaluate
 from anoseg_jax.evaluation.results import mean_of
 from anoseg_jax.report import ablation
-from configs import test as test_config
 
 NO_MASKS = "no defect is annotated"
 
@@ -111,7 +111,7 @@ def test_variants_are_run_in_order_and_again_in_the_same_way(tmp_path, monkeypat
 
     monkeypatch.setattr(experiment, "run_category", run_category)
     monkeypatch.setattr(experiment.pages, "write_run", lambda workdir: None)
-    config = test_config.get_config()
+    config = tiny_config.get_config()
     config.seeds = (1, 2)
     config.variants.without = {"model": {"coords": False}}
     config.variants.coordinates = {"model": {"coords": True}}

@@ -12,20 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_config
 
 from anoseg_jax.deploy.predictor import Predictor
 from anoseg_jax.images import batches
 from anoseg_jax.method import losses, memory_bank, train, train_state
 from anoseg_jax.running import checkpoint, loop, train_log
-from configs import test as test_config
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
 KEY = jax.random.key(7)
 
 
 def make_config(**changes):
-    config = test_config.get_config("bolt")
+    config = tiny_config.get_config("bolt")
     config.augment.flip_horizontal = True
     config.update_from_flattened_dict(changes)
     return config
@@ -79,9 +79,11 @@ def four_devices(parts):
 def run_with_devices(devices, program, *arguments):
     """Returns what a program prints in its last line, as JSON, on that many virtual devices."""
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    program = "import json, sys; sys.path.insert(0, 'tests'); import test_train\n" + program
+    program = (
+        "import json, sys; sys.path[:0] = ['tests', 'tests/method']; import test_train\n" + program
+    )
     done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
+        [sys.executable, "-c", paths + program, *map(str, arguments)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -479,9 +481,10 @@ import numpy as np
 from anoseg_jax import options
 from anoseg_jax.deploy.predictor import Predictor
 from anoseg_jax.method import train
-from configs import test
+sys.path.insert(0, "tests")
+import tiny_config
 
-config = test.get_config("bolt")
+config = tiny_config.get_config("bolt")
 config.num_steps = 2
 config.memory_bank.size = 0
 options.check(config)

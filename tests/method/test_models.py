@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_config
 
 from anoseg_jax.method import models
-from configs import test as test_config
 
 
 @pytest.fixture(scope="module")
 def config():
-    return test_config.get_config()
+    return tiny_config.get_config()
 
 
 def init(module, *inputs):
