@@ -79,9 +79,7 @@ def four_devices(parts):
 def run_with_devices(devices, program, *arguments):
     """Returns what a program prints in its last line, as JSON, on that many virtual devices."""
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    program = (
-        "import json, sys; sys.path[:0] = ['tests', 'tests/method']; import test_train\n" + program
-    )
+    paths = "import json, sys; sys.path[:0] = ['tests', 'tests/method']; import test_train\n"
     done = subprocess.run(
         [sys.executable, "-c", paths + program, *map(str, arguments)],
         cwd=ROOT,
