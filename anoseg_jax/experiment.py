@@ -1,8 +1,17 @@
-"""An experiment: every category of a config trained, evaluated, written; over seeds, variants."""
+"""An experiment: trains, evaluates and writes every category, for each variant and each seed.
 
+A run is a list of units (variant, seed, category), each in a folder of its own. It can be shared
+out: with `config.shard` = i/n a command runs every n-th unit, and `merge` then writes the files
+that one command would have written.
+"""
+
+import contextlib
+import itertools
+import json
 import re
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,17 +19,17 @@ import numpy as np
 from etils.epath import Path
 from ml_collections import ConfigDict
 
-from anoseg_jax import options, shards
+from anoseg_jax import UsageError, first_line, options
 from anoseg_jax.deploy.predictor import Predictor
-from anoseg_jax.evaluation import evaluate, external_maps
-from anoseg_jax.evaluation.results import summary, write_category, write_evaluation, write_results
+from anoseg_jax.evaluation import evaluate, external_maps, results
 from anoseg_jax.images import batches, input_pipeline
 from anoseg_jax.interop import replay
 from anoseg_jax.method import detector, train
-from anoseg_jax.report import ablation, pages, pictures
-from anoseg_jax.running import checkpoint, distributed, files, loop, train_log
+from anoseg_jax.report import ablation, pages, pictures, runs
+from anoseg_jax.running import distributed, files, loop, train_log
 
 Splits = tuple[Any, Any]  # (train, test): tf.data sets, see input_pipeline.load_arrays
+Unit = tuple[str, int | None, str]  # variant ("" without any), seed (None without any), category
 
 
 def load_train_images(train_split: Any, image_size: tuple[int, int]) -> np.ndarray:
@@ -29,101 +38,90 @@ def load_train_images(train_split: Any, image_size: tuple[int, int]) -> np.ndarr
     return arrays["image"][np.argsort(arrays["name"], kind="stable")]
 
 
-def trained_on(config: Mapping[str, Any], train_split: Any) -> np.ndarray:
-    """Returns the good images that a model with these options is trained on, uint8 [n, h, w, 3]."""
-    images = load_train_images(train_split, config["image_size"])
-    image_ids = batches.assign_image_ids(images)
-    kept, _ = batches.hold_out(image_ids, fraction=config["held_out"], seed=config["seed"])
-    return images[kept]
-
-
-def run_maps(config: ConfigDict, folder: Path, splits: Splits) -> dict:
-    """Evaluates the maps of another method (`config.maps_dir`) in `folder`; returns the results.
-
-    Raises external_maps.MapsError if maps are missing or cannot be used, or `folder` is a model's.
-    """
-    if (folder / "checkpoints").exists():
-        raise external_maps.MapsError(
-            f"{folder} is a model's: give the results of maps_dir a --workdir of their own"
-        )
-    arrays = input_pipeline.load_arrays(splits[1], config.image_size)
-    names = arrays["name"].tolist()
-    maps_dir = Path(config.maps_dir) / config.categories[0]
-    maps, scores = (
-        external_maps.read_maps(maps_dir, names),
-        external_maps.read_scores(maps_dir, names),
-    )
-    test = list(input_pipeline.test_batches(arrays, config.evaluate.batch_size))
-    masks = input_pipeline.load_masks(splits[1]) if config.evaluate.native_size else None
-    evaluation = evaluate.evaluate_maps(
-        maps,
-        test,
-        scores=scores,
-        maps_dir=config.maps_dir,
-        image_size=tuple(config.image_size),
-        top_fraction=config.evaluate.top_fraction,
-        native_masks=masks,
-        pixel_threshold=config.evaluate.pixel_threshold,
-        image_threshold=config.evaluate.image_threshold,
-    )
-    if config.evaluate.baselines:
-        evaluation.results["baselines"] = evaluate.evaluate_baselines(
-            trained_on(config, splits[0]),
-            test,
-            top_fraction=config.evaluate.top_fraction,
-            native_masks=masks,
-        )
-    if distributed.is_main_process():
-        files.write_text(folder / "config.json", config.to_json(indent=2) + "\n")
-        write_evaluation(folder, evaluation, arrays)
-        pictures.write_pictures(folder / "pictures", evaluation, arrays, config.evaluate.pictures)
-    return evaluation.results
+def fit(config: ConfigDict, folder: Path, images: np.ndarray) -> None:
+    """Trains the generator, and the image-level detector where it is enabled, or resumes."""
+    main, how = distributed.is_main_process(), {"make_batches": input_pipeline.train_batches}
+    writer = train_log.create_writer(folder) if main else None
+    train.fit(config, images, folder, writer=writer, **how)
+    distributed.stop_if_asked("after training")
+    if config.detector.enabled:
+        writer = train_log.create_writer(folder / "detector") if main else None
+        detector.fit(config, images, folder, writer=writer, **how)
+        distributed.stop_if_asked("after training the detector")
 
 
 def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: bool) -> dict:
-    """Trains (if `training`) and evaluates one category in `folder`; returns its results."""
-    if config.maps_dir:
-        return run_maps(config, folder, splits)
-    first = distributed.is_main_process()
-    if training:
-        images = load_train_images(splits[0], config.image_size)
-        how = {"make_batches": input_pipeline.train_batches}
-        writer = train_log.create_writer(folder) if first else None
-        train.fit(config, images, folder, writer=writer, **how)
-        distributed.stop_if_asked("after training")
-        if config.detector.enabled:
-            writer = train_log.create_writer(folder / "detector") if first else None
-            detector.fit(config, images, folder, writer=writer, **how)
-            distributed.stop_if_asked("after training the detector")
-    predictor = Predictor(
-        folder,
-        top_fraction=config.evaluate.top_fraction,
-        batch_size=config.evaluate.batch_size,
-        detector=config.detector.enabled,
-    )
-    arrays = input_pipeline.load_arrays(splits[1], predictor.image_size)
-    test = list(input_pipeline.test_batches(arrays, config.evaluate.batch_size))
-    masks = input_pipeline.load_masks(splits[1]) if config.evaluate.native_size else None
-    evaluation = evaluate.evaluate(
-        predictor,
-        test,
-        native_masks=masks,
-        pixel_threshold=config.evaluate.pixel_threshold,
-        image_threshold=config.evaluate.image_threshold,
-        detector=predictor.detector,
-        image_score=config.evaluate.image_score,
-    )
-    if not first:
-        return evaluation.results
-    if config.evaluate.baselines:
-        evaluation.results["baselines"] = evaluate.evaluate_baselines(
-            trained_on(predictor.config, splits[0]),
-            test,
-            top_fraction=config.evaluate.top_fraction,
-            native_masks=masks,
+    """Trains (if `training`) and evaluates one category in `folder`; returns its results.
+
+    With `config.maps_dir`, evaluates the maps of another method instead of a model's. Raises
+    external_maps.MapsError if these are missing or cannot be used, or `folder` is a model's.
+    """
+    train_split, test_split = splits
+    settings, images = config.evaluate, None
+    if config.maps_dir and (folder / "checkpoints").exists():
+        raise external_maps.MapsError(
+            f"{folder} is a model's: give the results of maps_dir another --workdir"
         )
-    write_evaluation(folder, evaluation, arrays)
-    pictures.write_pictures(folder / "pictures", evaluation, arrays, config.evaluate.pictures)
+    if training:
+        images = load_train_images(train_split, config.image_size)
+        fit(config, folder, images)
+
+    # What the maps come from. A model's options are those that it was trained with.
+    if config.maps_dir:
+        trained_with = {key: config[key] for key in ("image_size", "held_out", "seed")}
+    else:
+        predictor = Predictor(
+            folder,
+            top_fraction=settings.top_fraction,
+            batch_size=settings.batch_size,
+            detector=config.detector.enabled,
+        )
+        trained_with = predictor.config
+    image_size = tuple(trained_with["image_size"])
+
+    # Maps to metrics.
+    arrays = input_pipeline.load_arrays(test_split, image_size)
+    test = list(input_pipeline.test_batches(arrays, settings.batch_size))
+    how = {
+        "native_masks": input_pipeline.load_masks(test_split) if settings.native_size else None,
+        "pixel_threshold": settings.pixel_threshold,
+        "image_threshold": settings.image_threshold,
+    }
+    if config.maps_dir:
+        maps_dir, names = Path(config.maps_dir) / config.categories[0], arrays["name"].tolist()
+        evaluation = evaluate.evaluate_maps(
+            external_maps.read_maps(maps_dir, names),
+            test,
+            scores=external_maps.read_scores(maps_dir, names),
+            maps_dir=config.maps_dir,
+            image_size=image_size,
+            top_fraction=settings.top_fraction,
+            **how,
+        )
+    else:
+        evaluation = evaluate.evaluate(
+            predictor, test, detector=predictor.detector, image_score=settings.image_score, **how
+        )
+    if not distributed.is_main_process():
+        return evaluation.results
+    if settings.baselines:
+        if images is None or tuple(config.image_size) != image_size:
+            images = load_train_images(train_split, image_size)
+        kept, _ = batches.hold_out(
+            batches.assign_image_ids(images),
+            fraction=trained_with["held_out"],
+            seed=trained_with["seed"],
+        )
+        evaluation.results["baselines"] = evaluate.evaluate_baselines(
+            images[kept],
+            test,
+            top_fraction=settings.top_fraction,
+            native_masks=how["native_masks"],
+        )
+    if config.maps_dir:  # of a model, training has written them
+        files.write_text(folder / "config.json", config.to_json(indent=2) + "\n")
+    results.write_evaluation(folder, evaluation, arrays)
+    pictures.write_pictures(folder / "pictures", evaluation, arrays, settings.pictures)
     return evaluation.results
 
 
@@ -131,158 +129,208 @@ def export_replay(config: ConfigDict, workdir: Path, splits: Mapping[str, Splits
     """Trains `config.num_steps` steps a category and writes them (replay.export) to its replay/."""
     options.use_compilation_cache(config.compilation_cache)
     for name, (train_split, _) in splits.items():
-        of_category = options.of_category(config, name)
-        images = load_train_images(train_split, of_category.image_size)
+        category_config = options.of_category(config, name)
+        images = load_train_images(train_split, category_config.image_size)
         folder = workdir / name / "replay"
-        replay.export(of_category, images, folder)
-        print(f"{name}: {of_category.num_steps} steps in {folder}")
+        replay.export(category_config, images, folder)
+        print(f"{name}: {category_config.num_steps} steps in {folder}")
 
 
-def run_seed(
-    config: ConfigDict,
-    workdir: Path,
-    splits: Mapping[str, Splits],
-    *,
-    training: bool,
-    command: str,
-    alone: bool = True,
-) -> list[str]:
-    """Runs all categories with `config.seed`; returns a line for each that failed.
+def plan_of(config: ConfigDict, categories: Sequence[str], command: str) -> dict[str, Any]:
+    """Returns what a run consists of, a dict that JSON can hold."""
+    return {
+        "variants": list(config.variants),
+        "seeds": list(config.seeds),
+        "categories": list(categories),
+        "image_size": list(config.image_size),
+        "command": command,
+    }
 
-    Results are written after every category: what is finished is not lost with what follows. If
-    other jobs write into `workdir`, too, (not `alone`) only into the category's own folder.
-    """
-    failures = []
-    for name, of_category in splits.items():
-        print(f"== {name}", flush=True)
-        distributed.stop_if_asked(f"before {name}")
-        own, folder = options.of_category(config, name), workdir / name
-        try:
-            with distributed.lock(folder):
-                results = run_category(own, folder, of_category, training=training)
-        except (
-            checkpoint.CheckpointError,
-            loop.TrainingError,
-            detector.DetectorError,
-            external_maps.MapsError,
-            FileNotFoundError,
-        ) as error:
-            # Of several processes the others may have gone on: only training fails in all alike.
-            if jax.process_count() > 1 and not isinstance(error, loop.TrainingError):
-                raise
-            failures.append(f"{name}: {error}")
-            print(f"error: {failures[-1]}", file=sys.stderr)
-            continue
-        made = {"config": config.to_json(), "command": command}
-        if distributed.is_main_process() and alone:
-            write_results(workdir, name, results, **made)
-        elif distributed.is_main_process():
-            write_category(folder, results, **made)
-        print(summary(name, results), flush=True)
-    if distributed.is_main_process() and alone and len(failures) < len(splits):
-        pages.write_run(workdir)
-        print(f"results: {workdir}/results.md; pictures and curves: {workdir}/report.html")
-    return failures
+
+def units_of(plan: Mapping[str, Any], shard: tuple[int, int] = (0, 1)) -> list[Unit]:
+    """Returns the units of shard i of n: every n-th of all variants, seeds and categories."""
+    index, count = shard
+    variants, seeds = plan["variants"] or [""], plan["seeds"] or [None]
+    return list(itertools.product(variants, seeds, plan["categories"]))[index::count]
+
+
+def folder_of(workdir: Path, variant: str = "", seed: int | None = None) -> Path:
+    """Returns the folder that holds the category folders of a variant and seed."""
+    folder = workdir / variant if variant else workdir
+    return folder if seed is None else folder / f"seed_{seed}"
 
 
 def with_seed(config: ConfigDict, seed: int | None) -> ConfigDict:
     """Returns the options of one of `config.seeds`; None is for a run without these."""
     one = config.copy_and_resolve_references()
-    one.shard = ""  # of the job, not of the run: it is in no file and no hash
+    one.shard = ""  # of the command, not of the results: it is in no file and no hash
     if seed is not None:
         one.seed, one.seeds = seed, ()
     return one
 
 
-def run_seeds(
-    config: ConfigDict, workdir: Path, splits: Mapping[str, Splits], *, training: bool, command: str
-) -> list[str]:
-    """Runs `config.seed`, or each of `config.seeds` in `workdir`/seed_N and then their mean.
+@contextlib.contextmanager
+def collect_failure(failures: list[str], label: str, folder: Path) -> Iterator[None]:
+    """Turns an exception into a line of `failures`, also on stderr, so that the run goes on.
 
-    Returns a line for each category that failed.
+    The traceback of an error that is not the user's is written to `folder`/error.txt.
     """
-    if not config.seeds:
-        return run_seed(config, workdir, splits, training=training, command=command)
-    failures = []
-    for seed in config.seeds:
-        print(f"==== seed {seed}", flush=True)
-        one, folder = with_seed(config, seed), shards.folder_of(workdir, seed=seed)
-        failed = run_seed(one, folder, splits, training=training, command=command)
-        failures += [f"seed {seed}: {line}" for line in failed]
-    if distributed.is_main_process() and shards.write_mean(workdir, config.seeds):
-        print(f"mean and spread over seeds: {workdir}/results.md")
-    return failures
-
-
-def run_shard(
-    config: ConfigDict, workdir: Path, splits: Mapping[str, Splits], *, training: bool, command: str
-) -> list[str]:
-    """Runs this job's share of what `run` does; `shards.merge` puts the results of all together.
-
-    Returns a line for each category that failed.
-    """
-    shard = options.shard_of(config.shard)
-    command = re.sub(r" --config\.shard[= ]\S+", "", command)
-    plan = shards.plan_of(config, list(splits), command)
-    if distributed.is_main_process():
-        shards.write_plan(workdir, plan, shard)
-    variants = options.of_variants(config, splits) or {"": config}
-    failures = []
-    units = shards.units_of(plan, shard)
-    for variant, seed, category in units:
-        one, folder = with_seed(variants[variant], seed), shards.folder_of(workdir, variant, seed)
-        print(f"==== {folder}", flush=True)
-        share = {category: splits[category]}
-        failed = run_seed(one, folder, share, training=training, command=command, alone=False)
-        failures += [f"{folder}: {line}" for line in failed]
-    done = f"{len(units) - len(failures)} of {len(units)}"
-    print(f"done: {done}, of {len(shards.units_of(plan))} of all jobs; then --mode=merge")
-    return failures
-
-
-def run_variants(
-    config: ConfigDict,
-    variants: Mapping[str, ConfigDict],
-    workdir: Path,
-    splits: Mapping[str, Splits],
-    *,
-    training: bool,
-    command: str,
-) -> list[str]:
-    """Runs each of `variants` (options.of_variants) in a folder of its own, and writes their table.
-
-    The table is written after every variant: of those that this command is done with. Returns a
-    line for each category that failed.
-    """
-    failures, done = [], []
-    for name, variant in variants.items():
-        print(f"====== {name}", flush=True)
-        failed = run_seeds(variant, workdir / name, splits, training=training, command=command)
-        failures += [f"{name}: {line}" for line in failed]
-        done.append(name)
-        if distributed.is_main_process():
-            plan = shards.plan_of(config, list(splits), command) | {"variants": done}
-            table = shards.write_table(workdir, plan, failures)
-            print(f"{ablation.as_markdown(table)}\nthe table: {workdir}/ablation.md", flush=True)
-    return failures
+    try:
+        yield
+    except distributed.Stopped:
+        raise
+    except Exception as error:
+        # Of several processes the others may have gone on: only training fails in all alike.
+        if jax.process_count() > 1 and not isinstance(error, loop.TrainingError):
+            raise
+        line = f"{label}: {error}"
+        if not isinstance(error, UsageError | OSError):
+            line = f"{label}: {type(error).__name__}: {first_line(error)}"
+            with contextlib.suppress(OSError):
+                files.write_text(folder / "error.txt", "".join(traceback.format_exception(error)))
+                line += f" (the traceback is in {folder}/error.txt)"
+        failures.append(line)
+        print(f"error: {line}", file=sys.stderr)
 
 
 def run(
     config: ConfigDict, workdir: Path, splits: Mapping[str, Splits], *, training: bool, command: str
 ) -> list[str]:
-    """Runs the config, its variants, or a share of both, while `workdir` is locked.
+    """Runs all units of the config, or those of `config.shard`, while `workdir` is locked.
 
-    Returns a line for each category that failed. Raises UsageError if another job is at work in
-    `workdir`, and distributed.Stopped if a signal asks for it.
+    Result files are written after every category, the mean over seeds and the table of variants as
+    soon as they can be: nothing that is finished is lost. A command that has only a share of the
+    units writes the categories' own folders, nothing above them.
+
+    Returns one line for each failure. Raises UsageError if options cannot work or another run is
+    using `workdir`, and distributed.Stopped if a signal asks for it.
     """
     for name in splits:
         options.of_category(config, name)  # refuses what cannot work, before the first is trained
-    variants = options.of_variants(config, splits)
+    variants = options.of_variants(config, splits) or {"": config}
+    shard, whole = options.shard_of(config.shard), not config.shard
+    plan = plan_of(config, list(splits), re.sub(r" --config\.shard[= ]\S+", "", command))
+    units, failures = units_of(plan, shard), []
     options.use_compilation_cache(config.compilation_cache)
-    how = {"training": training, "command": command}
-    with distributed.lock(workdir, shared=bool(config.shard)):
-        if config.shard:
-            return run_shard(config, workdir, splits, **how)
-        if variants:
-            return run_variants(config, variants, workdir, splits, **how)
-        return run_seeds(config, workdir, splits, **how)
+    writing = distributed.is_main_process()
+
+    with distributed.lock(workdir, shared=not whole):
+        if writing and not whole:
+            write_plan(workdir, plan, shard)
+        for variant, variant_config in variants.items():
+            for seed in plan["seeds"] or [None]:
+                folder = folder_of(workdir, variant, seed)
+                unit_config, written = with_seed(variant_config, seed), False
+                for name in (unit[2] for unit in units if unit[:2] == (variant, seed)):
+                    label = "/".join((*folder.parts[len(workdir.parts) :], name))
+                    print(f"== {label}", flush=True)
+                    distributed.stop_if_asked(f"before {label}")
+                    with collect_failure(failures, label, folder / name):
+                        run_unit(
+                            unit_config,
+                            folder / name,
+                            splits[name],
+                            training=training,
+                            command=plan["command"],
+                        )
+                        if writing and whole:
+                            results.assemble(folder, [name])
+                        written = True
+                if writing and whole and written:
+                    with collect_failure(failures, "report.html", folder):
+                        pages.write_run(folder)
+                    print(f"results: {folder}/results.md; pictures and curves: report.html there")
+            if writing and whole and plan["seeds"] and write_mean(workdir, plan, variant):
+                print(f"mean and spread over seeds: {folder_of(workdir, variant)}/results.md")
+            if writing and whole and variant:
+                done = plan["variants"][: plan["variants"].index(variant) + 1]
+                table = write_table(workdir, plan | {"variants": done}, failures)
+                print(
+                    f"{ablation.as_markdown(table)}\nthe table: {workdir}/ablation.md", flush=True
+                )
+    if not whole:
+        total, done = len(units_of(plan)), len(units) - len(failures)
+        print(f"done: {done} of {len(units)}, of {total} of all shards; then --mode=merge")
+    return failures
+
+
+def run_unit(
+    config: ConfigDict, folder: Path, splits: Splits, *, training: bool, command: str
+) -> None:
+    """Runs one category and writes its results.json while `folder`, named after it, is locked."""
+    with distributed.lock(folder):
+        category_results = run_category(
+            options.of_category(config, folder.name), folder, splits, training=training
+        )
+        if distributed.is_main_process():
+            results.write_category(
+                folder, category_results, config=config.to_json(), command=command
+            )
+        print(results.summary(folder.name, category_results), flush=True)
+
+
+def write_plan(workdir: Path, plan: Mapping[str, Any], shard: tuple[int, int]) -> None:
+    """Writes `workdir`/run.json; every shard writes the same, each to its own temporary file."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = workdir / f"run.json.{shard[0]}.tmp"
+    temporary.write_text(json.dumps(plan, indent=2) + "\n")
+    temporary.replace(workdir / "run.json")
+
+
+def write_mean(workdir: Path, plan: Mapping[str, Any], variant: str) -> bool:
+    """Writes results.json and .md of the mean over those seeds that have one; False without any."""
+    folders = {seed: folder_of(workdir, variant, seed) for seed in plan["seeds"]}
+    by_seed = {
+        seed: results.read_results(folder)
+        for seed, folder in folders.items()
+        if (folder / "results.json").exists()
+    }
+    if by_seed:
+        results.write_everything(folder_of(workdir, variant), runs.mean_over_seeds(by_seed))
+    return bool(by_seed)
+
+
+def write_table(workdir: Path, plan: Mapping[str, Any], failures: Sequence[str]) -> dict[str, Any]:
+    """Writes ablation.json and .md of the plan's variants; returns the table."""
+    table = ablation.tabulate(workdir, plan["variants"], plan["categories"], plan["seeds"])
+    table |= {key: plan[key] for key in ("image_size", "command")} | {"failures": list(failures)}
+    ablation.write(table, workdir)
+    return table
+
+
+def merge(workdir: Path) -> list[str]:
+    """Writes the files above the category folders, as one command for all shards would have.
+
+    These are results.json, results.md and report.html for each variant and seed, the mean over
+    seeds, and the table of the variants. Returns a line for each category without results, and for
+    each folder whose categories were run with different options. Raises UsageError if no shard has
+    written a run.json.
+    """
+    try:
+        plan = json.loads((workdir / "run.json").read_text())
+    except FileNotFoundError:
+        raise UsageError(
+            f"{workdir} has no run.json: no run with --config.shard=i/n was started there"
+        ) from None
+    missing = []
+    for variant in plan["variants"] or [""]:
+        for seed in plan["seeds"] or [None]:
+            folder = folder_of(workdir, variant, seed)
+            contents = results.assemble(folder, plan["categories"])
+            missing += [
+                f"{folder / name}: has no results.json: its shard failed, or is not done"
+                for name in plan["categories"]
+                if name not in contents
+            ]
+            if len({content["config_sha256"] for content in contents.values()}) > 1:
+                missing.append(
+                    f"{folder}: the config_sha256 of its categories differ: run all shards with "
+                    "the same options"
+                )
+            if contents:
+                pages.write_run(folder)
+        if plan["seeds"]:
+            write_mean(workdir, plan, variant)
+    if plan["variants"]:
+        write_table(workdir, plan, missing)
+    return missing

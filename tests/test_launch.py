@@ -156,7 +156,7 @@ def test_maps_from_files_are_evaluated_like_a_model_and_compared_with_one(
     assert done.returncode == 0 and "peer" in done.stdout, done.stderr
     refused = launch(*arguments(data_dir, workdir, *more))
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1
-    assert "bolt is a model's: give the results of maps_dir a --workdir of their" in refused.stderr
+    assert "bolt is a model's: give the results of maps_dir another --workdir" in refused.stderr
 
 
 def test_several_seeds_are_run_side_by_side_and_averaged(data_dir, tmp_path):
@@ -385,7 +385,12 @@ def test_check_reports_without_training(data_dir):
         ([], "error: needs --config=FILE"),
         (["--config=tests/tiny_config.py"], "needs --workdir=DIR"),
         (["--mode=report", "--workdir=/none"], "/none"),
-        (["--mode=merge", "--workdir=/none"], "/none has no run.json: no job with"),
+        (["--mode=report", "--workdir=w", "--config=tests/tiny_config.py"], "--config does not"),
+        (["--mode=merge", "--workdir=w", "--devices=2"], "--devices does not belong to"),
+        (["--config=tests/tiny_config.py", "--workdir=w", "bolt"], "'bolt' does not belong to"),
+        (["--mode=check", "--config=tests/tiny_config.py", "--distributed"], "train or evaluate"),
+        (["--mode=compare", "--workdir=w"], "needs the folders of finished runs"),
+        (["--mode=merge", "--workdir=/none"], "/none has no run.json: no run with"),
         (["--mode=compare", "--workdir=w", "/none", "/none2"], "/none"),
         (["--config=configs/none.py", "--workdir=w"], "configs/none.py"),
         (["--config=tests/tiny_config.py", "--workdir=w", "--config.foo=1"], "no option 'foo'"),

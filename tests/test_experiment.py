@@ -1,4 +1,4 @@
-"""Runs spread over jobs: each does its own part, and merged they are what one job would write."""
+"""Runs of many units: what each writes, in one command or shared out, and what a failure costs."""
 
 import json
 from itertools import islice
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_config
 
-from anoseg_jax import experiment, shards
+from anoseg_jax import experiment
 from anoseg_jax.evaluation import evaluate
 from anoseg_jax.evaluation.results import assemble, write_category
 from anoseg_jax.report import plots
@@ -55,22 +55,22 @@ def files(workdir):
 @pytest.mark.parametrize("count", [1, 2, 5, 12, 40])
 def test_every_unit_is_in_one_shard(count):
     plan = {"variants": ["a", "b"], "seeds": [0, 1], "categories": ["screw", "tile", "wood"]}
-    units = [unit for index in range(count) for unit in shards.units_of(plan, (index, count))]
+    units = [unit for index in range(count) for unit in experiment.units_of(plan, (index, count))]
     assert len(set(units)) == len(units) == 12
-    assert set(units) == set(shards.units_of(plan))
-    sizes = {len(shards.units_of(plan, (index, count))) for index in range(count)}
+    assert set(units) == set(experiment.units_of(plan))
+    sizes = {len(experiment.units_of(plan, (index, count))) for index in range(count)}
     assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.mark.parametrize("seeds", [(), (1, 2)])
-def test_merged_jobs_write_what_one_job_writes(run, tmp_path, seeds):
+def test_merged_shards_are_what_one_command_writes(run, tmp_path, seeds):
     assert run(tmp_path / "one", seeds=seeds) == []
     for index in (4, 0, 2, 1, 3):  # in any order
         assert run(tmp_path / "many", f"{index}/5", seeds=seeds) == []
         written = set(files(tmp_path / "many"))
         assert {path.name for path in written} <= {"results.json", "run.json"}
         assert all(path.parent.name in SPLITS for path in written - {Path("run.json")})
-    assert shards.merge(tmp_path / "many") == []
+    assert experiment.merge(tmp_path / "many") == []
     one, many = files(tmp_path / "one"), files(tmp_path / "many")
     plan = json.loads(many.pop(Path("run.json")))
     assert plan["categories"] == list(SPLITS) and plan["command"] == "python launch.py --config=c"
@@ -84,23 +84,23 @@ def test_what_is_missing_and_what_differs_is_named(run, tmp_path):
     broken = tmp_path / "without" / "seed_1" / "tile" / "broken"
     broken.parent.mkdir(parents=True)
     broken.touch()
-    assert run(tmp_path, "1/2") == [f"{broken.parents[1]}: tile: broken"]
-    why = "has no results.json: its job failed, or is not done"
-    assert shards.merge(tmp_path) == [f"{broken.parent}: {why}"]
+    assert run(tmp_path, "1/2") == ["without/seed_1/tile: broken"]
+    why = "has no results.json: its shard failed, or is not done"
+    assert experiment.merge(tmp_path) == [f"{broken.parent}: {why}"]
     table = json.loads((tmp_path / "ablation.json").read_text())
     assert table["failures"] == [f"{broken.parent}: {why}"]
     results = json.loads((broken.parents[1] / "results.json").read_text())
     assert list(results["categories"]) == ["screw", "wood"]
     broken.unlink()
     run(tmp_path, "1/2", num_steps=7)
-    first, *others = shards.merge(tmp_path)
+    first, *others = experiment.merge(tmp_path)
     assert f"{broken.parents[1]}: the config_sha256 of its categories differ" in first
     assert len(others) == 3
     categories = json.loads((broken.parents[1] / "results.json").read_text())["categories"]
     assert list(categories) == ["screw", "tile", "wood"]
 
 
-def test_jobs_on_other_machines_are_both_named(tmp_path, monkeypatch):
+def test_shards_on_other_machines_are_both_named(tmp_path, monkeypatch):
     for name, version in (("screw", "3.11"), ("tile", "3.12")):
         monkeypatch.setattr(versions, "versions", lambda v=version: {"python": v, "jax": "0.10"})
         results = {**dict.fromkeys(evaluate.METRICS, 0.5), "not_available": {}}
@@ -110,7 +110,7 @@ def test_jobs_on_other_machines_are_both_named(tmp_path, monkeypatch):
     assert made["versions"] == {"python": "3.11; 3.12", "jax": "0.10"} and made["command"] == "c"
 
 
-def test_jobs_may_prepare_the_same_data_at_once(tmp_path, monkeypatch):
+def test_shards_may_prepare_the_same_data_at_once(tmp_path, monkeypatch):
     draw, prepare = synthetic.drawing.examples, synthetic.Builder.download_and_prepare
     monkeypatch.setattr(synthetic.drawing, "examples", lambda *args: islice(draw(*args), 2))
 
