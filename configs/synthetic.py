@@ -7,27 +7,25 @@ python launch.py --config=configs/synthetic.py --workdir=runs/demo
 
 from ml_collections import ConfigDict
 
-from configs import default
+from configs import cpu
 
 
 def get_config(categories: str = "weave,washer,capsule") -> ConfigDict:
     """Returns the options; `categories` is "all" or names separated by commas."""
-    config = default.get_config()
+    config = cpu.get_config(categories)
     config.dataset = "synthetic_ad"
-    config.categories = ("all",) if categories == "all" else tuple(categories.split(","))
+    if categories == "all":
+        config.categories = ("all",)
     config.image_size = (64, 64)
-    config.model.width = 16
-    config.model.depth = 4
-    config.detector.width = 16
     config.detector.num_steps = 150
     config.batch_size = 8
     config.num_steps = 400
     config.warmup_steps = 30
     config.checkpoint_every = 300
     config.log_every = 50
-    config.ema_decay = 0.99
     config.evaluate.pictures = 4
-    # The parts lie a little differently in each picture; the textures are learnt sooner.
+    config.category_options = ConfigDict()
+    # The parts lie a little differently in each picture; the textures are learned sooner.
     moved = {"augment": {"rotation": 5.0, "shift": 0.03}}
     config.category_options.capsule = moved
     config.category_options.washer = moved | {"num_steps": 550}
