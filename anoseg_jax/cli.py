@@ -183,7 +183,13 @@ def parse(argv: Sequence[str]) -> tuple[Mode, list[str]]:
     for name in mode.needs:
         if name not in given:
             raise UsageError(HINTS[name])
-    return mode, arguments
+    if FLAGS.config is not None:
+        from anoseg_jax import options
+
+        FLAGS.config = options.normalize(FLAGS.config)
+    if FLAGS.workdir is not None:
+        FLAGS.workdir = os.path.expanduser(FLAGS.workdir)
+    return mode, [os.path.expanduser(argument) for argument in arguments]
 
 
 def complain(error: object, code: int = 2) -> int:

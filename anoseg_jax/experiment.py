@@ -206,8 +206,9 @@ def run(
     using `workdir`, and distributed.Stopped if a signal asks for it.
     """
     for name in splits:
-        options.of_category(config, name)  # refuses what cannot work, before the first is trained
-    variants = options.of_variants(config, splits) or {"": config}
+        # Refuses what cannot work, before the first is trained.
+        options.of_category(config, name, training=training)
+    variants = options.of_variants(config, splits, training=training) or {"": config}
     shard, whole = options.shard_of(config.shard), not config.shard
     plan = plan_of(config, list(splits), re.sub(r" --config\.shard[= ]\S+", "", command))
     units, failures = units_of(plan, shard), []
@@ -260,7 +261,10 @@ def run_unit(
     """Runs one category and writes its results.json while `folder`, named after it, is locked."""
     with distributed.lock(folder):
         category_results = run_category(
-            options.of_category(config, folder.name), folder, splits, training=training
+            options.of_category(config, folder.name, training=training),
+            folder,
+            splits,
+            training=training,
         )
         if distributed.is_main_process():
             results.write_category(

@@ -1,5 +1,6 @@
 """Options of a run: those of a variant and of a category, and whether they fit together."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,8 +12,9 @@ from ml_collections import ConfigDict
 from anoseg_jax import UsageError
 from anoseg_jax.method import defects, losses, models
 
+PATHS = ("data_dir", "tfds_dir", "maps_dir", "resume", "compilation_cache")
 # What all variants of a run share.
-OF_THE_COMMAND = (
+SHARED_BY_VARIANTS = (
     "dataset data_dir tfds_dir categories category_options seed seeds shard variants "
     "compilation_cache"
 ).split()
@@ -22,8 +24,31 @@ class OptionError(UsageError):
     """An option that cannot work; the message is one line that names it and says what would."""
 
 
-def check(config: ConfigDict, *, training: bool = False) -> None:
-    """Raises OptionError, naming the first option that cannot work, before anything is read."""
+def normalize(config: ConfigDict) -> ConfigDict:
+    """Returns a copy in which paths are without "~", and one number as image_size is a square."""
+    config = config.copy_and_resolve_references()
+    for key in PATHS:
+        config[key] = os.path.expanduser(config[key])
+    if len(config.image_size) == 1:
+        config.image_size = 2 * tuple(config.image_size)
+    return config
+
+
+def check(config: ConfigDict, *, training: bool = True) -> None:
+    """Raises OptionError, naming the first option that cannot work, before anything is read.
+
+    Whether the batch fits the devices matters for `training` only.
+    """
+    if len(config.image_size) != 2 or min(config.image_size) < 1:
+        raise OptionError(
+            f"image_size={tuple(config.image_size)} must be height and width in pixels, for "
+            "example (256, 256)"
+        )
+    threshold = config.evaluate.pixel_threshold
+    if threshold is not None and not config.maps_dir and not 0 <= threshold <= 1:
+        raise OptionError(
+            f"evaluate.pixel_threshold={threshold:g} must be from 0 to 1, the range of the maps"
+        )
     if config.maps_dir:
         where = f"maps_dir={config.maps_dir!r}"
         if training:
@@ -33,9 +58,9 @@ def check(config: ConfigDict, *, training: bool = False) -> None:
         if not Path(config.maps_dir).is_dir():
             raise OptionError(f"{where} is no folder; it holds <category>/<defect type>/<stem>.npy")
     shard_of(config.shard)
-    devices = jax.device_count()
+    devices = jax.device_count() if training else 1
     parts = devices * max(1, config.accumulate)
-    if config.batch_size < 1 or config.batch_size % parts:
+    if config.batch_size < 1 or (training and config.batch_size % parts):
         times = f", times accumulate={config.accumulate}" if config.accumulate > 1 else ""
         raise OptionError(
             f"batch_size={config.batch_size} must be a multiple of the {devices} devices{times}, "
@@ -117,8 +142,8 @@ def check_memory_bank(bank: ConfigDict, image_size: tuple[int, int]) -> None:
 
 def shard_of(shard: str) -> tuple[int, int]:
     """Returns i and n of "i/n"; 0 and 1, which is all, of "". Raises OptionError."""
-    found = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
-    index, count = map(int, found.groups()) if found else (0, 0)
+    match = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
+    index, count = map(int, match.groups()) if match else (0, 0)
     if index >= count:
         raise OptionError(f"shard={shard!r} must be i/n with i from 0 to n-1, for example '0/4'")
     return index, count
@@ -131,10 +156,10 @@ def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
         config.update(changes)
     except (AttributeError, KeyError, TypeError) as error:
         raise OptionError(" ".join(str(error).split())) from error
-    return config
+    return normalize(config).lock()
 
 
-def of_category(config: ConfigDict, category: str) -> ConfigDict:
+def of_category(config: ConfigDict, category: str, *, training: bool = True) -> ConfigDict:
     """Returns the options of one category: those of the run, with its `category_options` applied.
 
     Raises OptionError if `category_options` names an option that does not exist or cannot work.
@@ -146,39 +171,41 @@ def of_category(config: ConfigDict, category: str) -> ConfigDict:
     with config.unlocked():
         config.category_options = ConfigDict()
         config.categories = (category,)
-    check(config)
+    check(config, training=training)
     return config
 
 
-def of_variants(config: ConfigDict, categories: Iterable[str]) -> dict[str, ConfigDict]:
+def of_variants(
+    config: ConfigDict, categories: Iterable[str], *, training: bool = True
+) -> dict[str, ConfigDict]:
     """Returns the options of each of `config.variants`, in their order.
 
     They are those of the run with the variant's applied, also over the `category_options`: whatever
     a category says, variants differ as written. Each is checked with each category: OptionError
     names the variant.
     """
-    found = {}
+    variants = {}
     for name, changes in config.variants.items():
         try:
             if not re.fullmatch(r"\w+", name):
                 raise OptionError("the name, a folder's, must be of letters, digits and _")
-            of_all = sorted(set(OF_THE_COMMAND) & set(changes))
-            if of_all:
-                raise OptionError(f"{of_all[0]} is the whole command's, not a variant's")
-            found[name] = changed(config, changes)
-            with found[name].unlocked():
-                found[name].variants = ConfigDict()
-                for options in found[name].category_options.values():
+            shared = sorted(set(SHARED_BY_VARIANTS) & set(changes))
+            if shared:
+                raise OptionError(f"{shared[0]} is the same for all variants of a command")
+            variants[name] = changed(config, changes)
+            with variants[name].unlocked():
+                variants[name].variants = ConfigDict()
+                for options in variants[name].category_options.values():
                     options.update(changes)
             for category in categories:
-                of_category(found[name], category)
+                of_category(variants[name], category, training=training)
         except OptionError as error:
             raise OptionError(f"variants.{name}: {error}") from error
-    return found
+    return variants
 
 
 def use_compilation_cache(folder: str) -> None:
-    """Keeps compiled programs in `folder` ("~" is the home) from run to run; "" keeps none."""
+    """Keeps compiled programs in `folder` from run to run; "" keeps none."""
     if folder:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -21,7 +21,8 @@ def get_config() -> ConfigDict:
     config.tfds_dir = ""
     # One after the other; ("all",) takes every category that is there.
     config.categories = ("all",)
-    # Height and width in pixels that images are resized to: multiples of 2**model.depth.
+    # Height and width in pixels that images are resized to, or one number for both: multiples of
+    # 2**model.depth.
     config.image_size = (256, 256)
     # Fraction of train/good that is not trained on: thresholds are made from it, without defects.
     config.held_out = 0.1
@@ -30,8 +31,8 @@ def get_config() -> ConfigDict:
     config.seed = 0
     # Several seeds, for example (0, 1, 2): each in a folder of its own, then mean and spread.
     config.seeds = ()
-    # "i/n": this job's share of all categories, seeds and variants, i from 0 to n-1, all jobs with
-    # the same --workdir; --mode=merge then puts their results together. "" is all of them.
+    # "i/n": every n-th of all categories, seeds and variants, i from 0 to n-1, all commands with
+    # the same --workdir; --mode=merge then merges their results. "" is all of them.
     config.shard = ""
     # Of all devices together; must be a multiple of their number, times `accumulate`.
     config.batch_size = 16
@@ -204,7 +205,8 @@ def get_config() -> ConfigDict:
     # what this share of the held-out images reaches.
     config.evaluate.pixel_false_positive_rate = 0.001
     config.evaluate.image_false_positive_rate = 0.05
-    # Your own thresholds instead of those from held-out images, from 0 to 1.
+    # Your own thresholds instead of those from held-out images. Pixels: from 0 to 1. Images: on the
+    # scale of the scores in images.csv, which are logits: often above 1.
     config.evaluate.pixel_threshold = config_dict.placeholder(float)
     config.evaluate.image_threshold = config_dict.placeholder(float)
     # Pixel metrics at the size of the mask files, maps enlarged to it, instead of image_size.

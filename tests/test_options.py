@@ -62,8 +62,8 @@ def test_options_of_a_category_stand_in_for_those_of_the_run():
         ({"detector.num_steps": 0}, "detector.num_steps=0"),
         ({"evaluate.image_score": "detector"}, "needs detector.enabled=True"),
         ({"evaluate.image_score": "mean"}, "evaluate.image_score='mean' must be one of map"),
-        ({"maps_dir": "/none"}, "maps_dir='/none' is no folder; it holds <category>"),
-        ({"maps_dir": "/", "seeds": (1, 2)}, r"maps_dir='/' .*seeds=\(1, 2\) must be empty"),
+        ({"image_size": (32, 32, 3)}, r"image_size=\(32, 32, 3\) must be height and width"),
+        ({"evaluate.pixel_threshold": 128.0}, "pixel_threshold=128 must be from 0 to 1"),
     ],
 )
 def test_what_cannot_work_is_refused_with_key_value_and_remedy(changes, message):
@@ -72,6 +72,20 @@ def test_what_cannot_work_is_refused_with_key_value_and_remedy(changes, message)
     with pytest.raises(options.OptionError, match=message) as caught:
         options.check(config)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"maps_dir": "/none"}, "maps_dir='/none' is no folder; it holds <category>"),
+        ({"maps_dir": "/", "seeds": (1, 2)}, r"maps_dir='/' .*seeds=\(1, 2\) must be empty"),
+    ],
+)
+def test_maps_that_cannot_be_evaluated_are_refused(changes, message):
+    config = tiny_config.get_config()
+    config.update(changes)
+    with pytest.raises(options.OptionError, match=message):
+        options.check(config, training=False)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +131,30 @@ def test_a_patch_of_an_odd_side_that_fits_is_allowed():
 def test_maps_of_another_method_cannot_be_trained():
     config = tiny_config.get_config()
     config.maps_dir = "/"
-    options.check(config)
+    options.check(config, training=False)
     with pytest.raises(options.OptionError, match="maps_dir='/' is for --mode=evaluate"):
-        options.check(config, training=True)
+        options.check(config)
+
+
+def test_the_devices_limit_the_batch_of_training_only():
+    config = tiny_config.get_config()
+    config.batch_size = 6  # there are 4 devices
+    options.check(config, training=False)
+    with pytest.raises(options.OptionError, match="batch_size=6"):
+        options.check(config)
+
+
+def test_paths_at_home_and_square_images_are_understood(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    config = tiny_config.get_config()
+    config.update({"data_dir": "~/parts", "maps_dir": "~", "resume": "~/a~b", "image_size": (64,)})
+    config.category_options.bolt = {"image_size": (96,), "resume": "~/bolt"}
+    config = options.normalize(config)
+    assert (config.data_dir, config.maps_dir) == ("/somewhere/parts", "/somewhere")
+    assert config.resume == "/somewhere/a~b" and config.image_size == (64, 64)
+    config.maps_dir = ""
+    bolt = options.of_category(config, "bolt")
+    assert bolt.resume == "/somewhere/bolt" and bolt.image_size == (96, 96)
 
 
 def test_an_unknown_option_of_a_category_is_refused():
@@ -166,7 +201,7 @@ def test_each_row_of_the_ablation_adds_one_part():
     [
         ("thin", {"model": {"widht": 8}}, "variants.thin: .*widht"),
         ("hard", {"defects": {"preset": "hard"}}, "variants.hard: defects.preset='hard' must be"),
-        ("later", {"seeds": (1, 2)}, "variants.later: seeds is the whole command's"),
+        ("later", {"seeds": (1, 2)}, "variants.later: seeds is the same for all variants"),
         ("a/b", {"num_steps": 3}, "variants.a/b: the name"),
     ],
 )

@@ -166,14 +166,11 @@ def split_bank_images(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Splits images into those of the bank and those that calibrate it; returns their positions.
 
-    A quarter calibrates: images that follow each other in the list, from one that the seed draws.
-    Photographs taken one after the other are alike, often of the same part: drawn one by one, most
-    would have such a neighbour in the bank, and the calibration's distances would be too small.
-    Equal images are on one side, a single image on both. Then they are repeated or thinned out to
-    three quarters and one quarter of `num_images`.
+    The seed draws the split; equal images are on one side, a single image on both. Then they are
+    repeated or thinned out to three quarters and one quarter of `num_images`.
     """
     unique = np.unique(image_ids, return_index=True)[1]
-    order = np.roll(unique, -np.random.default_rng([seed, 0, 2]).integers(len(unique)))
+    order = np.random.default_rng([seed, 0, 2]).permutation(unique)
     num_calibration = max(1, len(order) // 4) if len(order) > 1 else 0
     sides = order[num_calibration:], order[: max(1, num_calibration)]
     counts = num_images - num_images // 4, num_images // 4
