@@ -230,6 +230,7 @@ def size_warnings(
 
 
 def _set_size(sides: Sequence[float]) -> str:
-    """How to set a size of about these sides; networks halve it up to five times."""
-    height, width = (max(32, 32 * int(np.ceil(side / 32 - 0.1))) for side in sides)
+    """How to set a size of about these sides, of their shape; networks halve it five times."""
+    short = 32 * max(1, int(np.ceil(min(sides) / 32 - 0.25)))
+    height, width = (32 * round(side * short / min(sides) / 32) for side in sides)
     return f'set --config.image_size="({height}, {width})" (height, width)'
