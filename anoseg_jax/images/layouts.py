@@ -105,7 +105,7 @@ def _visa(root: Path) -> list[Group]:
     table = root.parent / "split_csv" / "1cls.csv"
     if not table.is_file():
         return [*_every_fifth(normal, good), Group("test", anomaly, defective, "anomaly", masks)]
-    rows = list(csv.DictReader(io.StringIO(table.read_text())))
+    rows = list(csv.DictReader(io.StringIO(table.read_bytes().decode("utf-8-sig", "replace"))))
     if not rows or not {"object", "split", "image"} <= rows[0].keys():
         raise LayoutError(
             f"{printable(table)}: has no lines of the columns object, split, image: copy it again"
