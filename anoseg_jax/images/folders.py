@@ -74,11 +74,8 @@ def child(folder: Path, *names: str) -> Path:
 
 def is_image(path: Path) -> bool:
     """Whether a file has an image's suffix; of any other suffix, whether it begins like one."""
-    suffix = path.suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
+    if path.suffix.lower() in IMAGE_SUFFIXES:
         return True
-    if suffix in SIDE_SUFFIXES:
-        return False
     try:
         with path.open("rb") as file:
             beginning = file.read(1 << 16)

@@ -59,7 +59,7 @@ def pair(root: Path, groups: Sequence[Group], options: ReadOptions) -> Pairs:
                     (*ignore[""], *ignore[stem_of(image)]),
                 )
             )
-    _masks_without_images(groups, options.ignore_name, pairs)
+    _masks_without_images(groups, pairs)
     if any(example.label for example in pairs.examples["test"]) and not has_masks:
         mask_dirs = [group.mask_dir.parent for group in groups if group.mask_dir]
         where = mask_dirs[0] if mask_dirs else root / "ground_truth"
@@ -205,10 +205,9 @@ def _masks_of_good(masks: Masks, max_megapixels: float) -> list[str]:
     return warnings
 
 
-def _masks_without_images(groups: Sequence[Group], ignore_name: str, pairs: Pairs) -> None:
+def _masks_without_images(groups: Sequence[Group], pairs: Pairs) -> None:
     """Warns of folders of masks to which no folder of images belongs."""
     known = {comparable(group.mask_dir.name) for group in groups if group.mask_dir}
-    known.add(comparable(ignore_name))
     parents = dict.fromkeys(group.mask_dir.parent for group in groups if group.mask_dir)
     for folder in (folder for parent in parents for folder in entries(parent)[0]):
         masks = images(folder)

@@ -105,7 +105,7 @@ def test_dark_photographs_of_12_bits_are_not_almost_black(folder):
 # Colour images of 16 bits, of which Pillow has no mode.
 
 
-def png(values):
+def png(values, orientation=1):
     """A PNG of 16 bits: grey and alpha, colour, or colour and alpha."""
     height, width, channels = values.shape
     kind = {2: 4, 3: 2, 4: 6}[channels]
@@ -116,8 +116,9 @@ def png(values):
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", crc)
 
     header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
+    exif = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 274, 3, 1, orientation, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"eXIf", exif) + chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
 
 
 def tiff(values, order, orientation=1):
@@ -143,10 +144,10 @@ def deep_colour(channels=3, top=4096):
 @pytest.mark.parametrize("channels", [2, 3, 4])
 def test_colour_png_of_12_bits_in_16_keeps_its_levels(tmp_path, channels):
     values = deep_colour(channels)
-    (tmp_path / "x.png").write_bytes(png(values))
+    (tmp_path / "x.png").write_bytes(png(values, orientation=6))
     image = decode.read_image(tmp_path / "x.png", bit_depth=12)
     expected = values[..., :3] if channels > 2 else values[..., :1].repeat(3, -1)
-    np.testing.assert_array_equal(image, np.round(expected * (255 / 4095)))
+    np.testing.assert_array_equal(image, np.rot90(np.round(expected * (255 / 4095)), -1))
 
 
 @pytest.mark.parametrize("order", ["<", ">"])

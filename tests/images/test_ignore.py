@@ -19,6 +19,7 @@ PLACES = {
     "ground_truth/ignore/scratch/001.png": {"test/scratch/001.png"},
     "ignore/train/good/002.png": {"train/good/002.png"},
     "ignore/test/scratch/000_mask.png": {"test/scratch/000.png"},
+    "ignore/test/good/001_ignore.png": {"test/good/001.png"},
     "train/good/001_ignore.png": {"train/good/001.png"},
 }
 
@@ -58,6 +59,12 @@ def test_the_name_is_an_option_and_empty_reads_none(folder):
     category = layout.scan(folder, layout.ReadOptions(ignore_name=""))
     assert not any(x.ignore for x in category.test)
     assert "001_dontcare.png: is ignored: no image" in category.warnings[0]
+
+
+def test_a_mask_that_is_for_no_image_is_named(folder):
+    save_mask(LABEL, folder / "ground_truth/ignore/001.png")
+    (warning,) = layout.scan(folder).warnings
+    assert warning.startswith(f"{folder / 'ground_truth/ignore'}: 1 masks are ignored")
 
 
 def test_a_mask_of_another_size_is_an_error(folder):

@@ -114,6 +114,9 @@ def test_a_file_that_is_cut_short_after_the_check_is_named_and_can_be_mended(fol
         input_pipeline.load_arrays(split, (8, 8))
     path.write_bytes(whole)
     assert len(input_pipeline.load_arrays(split, (8, 8))["label"]) == 4
+    (folder / "test/scratch/001.png").unlink()
+    with pytest.raises(layout.ImageError, match="scratch/001.png: cannot be opened"):
+        input_pipeline.load_arrays(split, (8, 8))
 
 
 def test_an_image_that_has_another_size_than_at_the_check_is_named(folder):

@@ -132,6 +132,14 @@ def test_no_image_is_read_twice_or_lost(tmp_path, name):
     assert category.ignored == ()
 
 
+def test_masks_beside_the_types_are_no_type(tmp_path):
+    draw_mvtec_ad_2(tmp_path / "part")
+    save_mask(disc(0), tmp_path / "part/test_public/ground_truth/777.png")
+    category = layout.scan(tmp_path / "part")
+    assert counts(category) == KNOWN["mvtec_ad_2"][1]
+    assert "test_public/ground_truth: 1 image is ignored" in only(category.warnings)
+
+
 def test_visa_images_that_its_split_does_not_list_are_tested_on_with_a_warning(tmp_path):
     draw_visa(tmp_path / "part")
     save(photo(9), tmp_path / "part/Data/Images/Normal/777.JPG")

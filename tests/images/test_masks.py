@@ -95,11 +95,15 @@ def test_a_smoothed_or_compressed_mask_is_cut_at_half(tmp_path, draw, wrong):
     assert (mask != large_disc()).sum() <= wrong
 
 
-def test_a_class_beside_an_antialiased_one_is_kept(tmp_path):
-    values = np.array(antialiased(large_disc()))
-    values[blob(44, 8, 6, 7)] = 60
+@pytest.mark.parametrize("value", [5, 60, 120])
+@pytest.mark.parametrize("place", [(44, 8, 6, 7), (18, 37, 5, 6)])  # far from the disc, touching it
+@pytest.mark.parametrize("smooth", [antialiased, jpeg(95)])
+def test_a_class_beside_a_smoothed_one_is_kept(tmp_path, smooth, value, place):
+    values = np.array(smooth(large_disc()))
+    assert read(values, tmp_path / "x.png")[1] == decode.GREY_EDGES
+    values[blob(*place) & ~large_disc()] = value
     mask, how = read(values, tmp_path / "x.png")
-    assert mask[blob(44, 8, 6, 7)].all() and how != decode.GREY_EDGES
+    assert mask[blob(*place)].all() and how != decode.GREY_EDGES
 
 
 def test_classes_compressed_with_loss_keep_their_place(tmp_path):

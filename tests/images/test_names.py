@@ -196,6 +196,12 @@ def test_every_file_that_pillow_reads_is_used(folder, suffix, form):
     assert_flawless(layout.scan(folder))
 
 
+@pytest.mark.parametrize("suffix", [".mpo", ".jfif", ".avif", ".PNG"])
+def test_a_damaged_file_with_the_suffix_of_an_image_is_an_error(folder, suffix):
+    (folder / f"train/good/900{suffix}").write_bytes(b"")
+    assert f"900{suffix}: is empty" in only(layout.scan(folder).errors)
+
+
 def test_what_is_skipped_is_named_with_counts(folder):
     for index in range(3):
         (folder / f"train/good/9{index}.heic").write_bytes(b"\0\0\0\x18ftypheic")
