@@ -28,7 +28,7 @@ from anoseg_jax.method import detector, train
 from anoseg_jax.report import ablation, pages, pictures
 from anoseg_jax.running import distributed, files, loop, train_log
 
-Splits = tuple[Any, Any]  # (train, test): tf.data sets, see input_pipeline.load_arrays
+Splits = Any  # data.sources.Splits
 Unit = tuple[str, int | None, str]  # variant ("" without any), seed (None without any), category
 
 
@@ -61,7 +61,7 @@ def run_category(
     With `config.maps_dir`, evaluates the maps of another method instead of a model's. Raises
     external_maps.MapsError if these are missing or cannot be used, or `folder` is a model's.
     """
-    train_split, test_split = splits
+    train_split, test_split = splits.train, splits.test
     settings, images = config.evaluate, None
     if config.maps_dir and (folder / "checkpoints").exists():
         raise external_maps.MapsError(
@@ -127,9 +127,9 @@ def run_category(
 def export_replay(config: ConfigDict, workdir: Path, splits: Mapping[str, Splits]) -> None:
     """Trains `config.num_steps` steps a category and writes them (replay.export) to its replay/."""
     options.use_compilation_cache(config.compilation_cache)
-    for name, (train_split, _) in splits.items():
+    for name, of_category in splits.items():
         category_config = options.of_category(config, name)
-        images = load_train_images(train_split, category_config.image_size)
+        images = load_train_images(of_category.train, category_config.image_size)
         folder = workdir / name / "replay"
         replay.export(category_config, images, folder)
         print(f"{name}: {category_config.num_steps} steps in {folder}")
