@@ -61,14 +61,13 @@ def run_category(
     With `config.maps_dir`, evaluates the maps of another method instead of a model's. Raises
     external_maps.MapsError if these are missing or cannot be used, or `folder` is a model's.
     """
-    train_split, test_split = splits.train, splits.test
     settings, images = config.evaluate, None
     if config.maps_dir and (folder / "checkpoints").exists():
         raise external_maps.MapsError(
             f"{folder} is a model's: give the results of maps_dir another --workdir"
         )
     if training:
-        images = load_train_images(train_split, config.image_size)
+        images = load_train_images(splits.train, config.image_size)
         fit(config, folder, images)
 
     # What the maps come from. A model's options are those that it was trained with.
@@ -82,13 +81,14 @@ def run_category(
             detector=config.detector.enabled,
         )
         trained_with = predictor.config
+        splits = splits.at_bit_depth(int(trained_with["bit_depth"]))
     image_size = tuple(trained_with["image_size"])
 
     # Maps to metrics.
-    arrays = input_pipeline.load_arrays(test_split, image_size)
+    arrays = input_pipeline.load_arrays(splits.test, image_size)
     test = list(input_pipeline.test_batches(arrays, settings.batch_size))
     how = {
-        "native_masks": input_pipeline.load_masks(test_split) if settings.native_size else None,
+        "native_masks": input_pipeline.load_masks(splits.test) if settings.native_size else None,
         "pixel_threshold": settings.pixel_threshold,
         "image_threshold": settings.image_threshold,
     }
@@ -107,9 +107,10 @@ def run_category(
         evaluation = evaluate.evaluate(
             predictor, test, detector=predictor.detector, image_score=settings.image_score, **how
         )
-    if settings.baselines and distributed.is_main_process():
+    has_baselines = settings.baselines and int(splits.train.cardinality())
+    if has_baselines and distributed.is_main_process():
         if images is None or tuple(config.image_size) != image_size:
-            images = load_train_images(train_split, image_size)
+            images = load_train_images(splits.train, image_size)
         kept, _ = batches.hold_out(
             batches.assign_image_ids(images),
             fraction=trained_with["held_out"],
@@ -262,6 +263,8 @@ def run_unit(
     The results first, pictures last: what fails there costs no figure.
     """
     category_config = options.of_category(config, folder.name, training=training)
+    with category_config.unlocked():
+        category_config.bit_depth = str(splits.bit_depth)  # "auto" until here
     with distributed.lock(folder):
         if distributed.is_main_process():
             (folder / "error.txt").unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from data import sources
 from data.synthetic_ad import synthetic_ad_dataset_builder as synthetic
 
 CATEGORIES = ("bolt", "nut", "washer")
-SPLITS = dict.fromkeys(("screw", "tile", "wood"), (None, None))
+SPLITS = dict.fromkeys(("screw", "tile", "wood"), sources.Splits(None, None))
 
 
 def evaluation_of(config, folder, splits, *, training):
