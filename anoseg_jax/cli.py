@@ -119,6 +119,15 @@ def predict(arguments: Sequence[str]) -> int:
     return int(not is_complete)
 
 
+def export(arguments: Sequence[str] = ()) -> int:
+    """Exports the model to ONNX, StableHLO or SavedModel, and checks what the export computes."""
+    from anoseg_jax.deploy import export, photographs
+
+    listed = photographs.Photographs(arguments).list()
+    export.export(_load_predictor(), FLAGS.format, Path(FLAGS.out), listed)
+    return 0
+
+
 def _load_predictor() -> Any:
     """Returns the model in --workdir with the thresholds of the flags."""
     from anoseg_jax.deploy import photo_predictor
@@ -149,6 +158,7 @@ MODES = {
     "report": Mode(report, ("workdir",)),
     "compare": Mode(compare, ("workdir", "runs")),
     "predict": Mode(predict, ("workdir", "out", "photographs"), (*MODEL, "maps", "follow")),
+    "export": Mode(export, ("workdir", "out", "format"), (*MODEL, "photographs")),
 }
 POSITIONAL = ("runs", "photographs")
 HINTS = {
@@ -156,6 +166,7 @@ HINTS = {
     "workdir": "needs --workdir=DIR",
     "out": "needs --out=DIR, the folder to write to",
     "photographs": "needs photographs: --mode=predict --workdir=W --out=DIR FILE_OR_FOLDER ...",
+    "format": "needs --format=onnx, stablehlo or saved_model",
     "runs": "needs the folders of finished runs: --mode=compare --workdir=W RUN RUN ...",
 }
 
@@ -175,13 +186,14 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if JAX does not detect it.")
     flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
     flags.DEFINE_integer("process_id", None, "From 0, with --coordinator.")
-    flags.DEFINE_string("out", None, "Folder that predictions are written to.")
+    flags.DEFINE_string("out", None, "Folder for predictions or an export.")
     flags.DEFINE_string("category", None, "Which model of a --workdir that holds several.")
     flags.DEFINE_float("image_threshold", None, "Instead of the model's: of scores, from 0 up.")
     flags.DEFINE_float("pixel_threshold", None, "Instead of the model's: of maps, from 0 to 1.")
     flags.DEFINE_enum(
         "maps", "all", ("all", "defective", "none"), "Photographs that get a map and an overlay."
     )
+    flags.DEFINE_enum("format", None, ("onnx", "stablehlo", "saved_model"), "What export writes.")
     flags.DEFINE_bool("follow", False, "Go on with photographs as they arrive, until Ctrl-C.")
     for flag in FLAGS.get_flags_for_module(__name__):  # absl's --help shows those of the script
         FLAGS.register_key_flag_for_module(sys.argv[0], flag)
@@ -210,7 +222,7 @@ def parse(argv: Sequence[str]) -> tuple[Mode, list[str]]:
     known = {name for each in MODES.values() for name in each.needs + each.takes}
     given = [name for name in sorted(known - {*POSITIONAL}) if FLAGS[name].present]
     # What stands without a flag; for a mode that takes nothing of the kind, the first kind.
-    positional = next((name for name in POSITIONAL if name in mode.needs), POSITIONAL[0])
+    positional = next((name for name in POSITIONAL if name in mode.needs + mode.takes), "runs")
     given += [positional] * bool(arguments)
     for name in given:
         if name not in mode.needs + mode.takes:
