@@ -50,8 +50,13 @@ def fit(config: ConfigDict, folder: Path, images: np.ndarray) -> None:
         distributed.stop_if_asked("after training the detector")
 
 
-def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: bool) -> dict:
-    """Trains (if `training`) and evaluates one category in `folder`; returns its results.
+def run_category(
+    config: ConfigDict, folder: Path, splits: Splits, *, training: bool
+) -> tuple[evaluate.Evaluation, dict[str, np.ndarray]]:
+    """Trains (if `training`) and evaluates one category in `folder`.
+
+    Returns the evaluation, with baselines on the main process only, and the arrays of the test
+    images (input_pipeline.load_arrays).
 
     With `config.maps_dir`, evaluates the maps of another method instead of a model's. Raises
     external_maps.MapsError if these are missing or cannot be used, or `folder` is a model's.
@@ -102,9 +107,7 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
         evaluation = evaluate.evaluate(
             predictor, test, detector=predictor.detector, image_score=settings.image_score, **how
         )
-    if not distributed.is_main_process():
-        return evaluation.results
-    if settings.baselines:
+    if settings.baselines and distributed.is_main_process():
         if images is None or tuple(config.image_size) != image_size:
             images = load_train_images(train_split, image_size)
         kept, _ = batches.hold_out(
@@ -118,11 +121,7 @@ def run_category(config: ConfigDict, folder: Path, splits: Splits, *, training: 
             top_fraction=settings.top_fraction,
             native_masks=how["native_masks"],
         )
-    if config.maps_dir:  # of a model, training has written them
-        files.write_text(folder / "config.json", config.to_json(indent=2) + "\n")
-    results.write_evaluation(folder, evaluation, arrays)
-    pictures.write_pictures(folder / "pictures", evaluation, arrays, settings.pictures)
-    return evaluation.results
+    return evaluation, arrays
 
 
 def export_replay(config: ConfigDict, workdir: Path, splits: Mapping[str, Splits]) -> None:
@@ -234,10 +233,10 @@ def run(
                             training=training,
                             command=plan["command"],
                         )
-                        if writing and whole:
-                            results.assemble(folder, [name])
-                        written = True
-                if writing and whole and written:
+                    if writing and whole:  # also of a category whose pictures have failed
+                        with collect_failure(failures, label, folder / name):
+                            written |= bool(results.assemble(folder, [name]))
+                if written:
                     with collect_failure(failures, "report.html", folder):
                         pages.write_run(folder)
                     print(f"results: {folder}/results.md; pictures and curves: report.html there")
@@ -258,19 +257,25 @@ def run(
 def run_unit(
     config: ConfigDict, folder: Path, splits: Splits, *, training: bool, command: str
 ) -> None:
-    """Runs one category and writes its results.json while `folder`, named after it, is locked."""
+    """Runs one category and writes its files while `folder`, named after it, is locked.
+
+    The results first, pictures last: what fails there costs no figure.
+    """
+    category_config = options.of_category(config, folder.name, training=training)
     with distributed.lock(folder):
-        category_results = run_category(
-            options.of_category(config, folder.name, training=training),
-            folder,
-            splits,
-            training=training,
-        )
+        if distributed.is_main_process():
+            (folder / "error.txt").unlink(missing_ok=True)
+        evaluation, arrays = run_category(category_config, folder, splits, training=training)
         if distributed.is_main_process():
             results.write_category(
-                folder, category_results, config=config.to_json(), command=command
+                folder, evaluation.results, config=config.to_json(), command=command
             )
-        print(results.summary(folder.name, category_results), flush=True)
+            if config.maps_dir:  # of a model, training has written it
+                files.write_text(folder / "config.json", category_config.to_json(indent=2) + "\n")
+            results.write_evaluation(folder, evaluation, arrays)
+            count = category_config.evaluate.pictures
+            pictures.write_pictures(folder / "pictures", evaluation, arrays, count)
+        print(results.summary(folder.name, evaluation.results), flush=True)
 
 
 def write_plan(workdir: Path, plan: Mapping[str, Any], shard: tuple[int, int]) -> None:

@@ -1,37 +1,46 @@
 """Runs of many units: what each writes, in one command or shared out, and what a failure costs."""
 
+import errno
 import json
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_config
+from PIL import Image
 
 from anoseg_jax import experiment
 from anoseg_jax.evaluation import evaluate
 from anoseg_jax.evaluation.results import assemble, write_category
-from anoseg_jax.report import plots
+from anoseg_jax.report import pictures, plots
 from anoseg_jax.running import versions
 from data import sources
 from data.synthetic_ad import synthetic_ad_dataset_builder as synthetic
 
+CATEGORIES = ("bolt", "nut", "washer")
 SPLITS = dict.fromkeys(("screw", "tile", "wood"), (None, None))
 
 
-def results_of(config, folder, splits, *, training):
+def evaluation_of(config, folder, splits, *, training):
     """Stands in for run_category: every metric is of the options and the category."""
     folder.mkdir(parents=True, exist_ok=True)
     if training and (folder / "broken").exists():
         raise FileNotFoundError("broken")
     value = 0.1 * config.seed + 0.5 * config.model.coords + 0.01 * len(config.categories[0])
     metrics = dict.fromkeys(evaluate.METRICS, value)
-    return metrics | {"not_available": {}, "steps": config.num_steps, "train_seconds": 1.0}
+    metrics |= {"not_available": {}, "steps": config.num_steps, "train_seconds": 1.0}
+    images = {"image": np.zeros((0, 8, 8, 3), np.uint8), "mask": np.zeros((0, 8, 8), bool)}
+    unknown = dict.fromkeys(("pixel", "image"), {"threshold": None, "how": "none"})
+    evaluation = evaluate.measure([], metadata={"thresholds": unknown}, image_size=(8, 8))
+    evaluation.results |= metrics
+    return evaluation, images
 
 
 @pytest.fixture
 def run(monkeypatch):
     """Runs all of a config, or a shard of it; with seeds there are variants, too."""
-    monkeypatch.setattr(experiment, "run_category", results_of)
+    monkeypatch.setattr(experiment, "run_category", evaluation_of)
     monkeypatch.setattr(plots, "draw_plot", lambda plot: "<svg></svg>")
 
     def run(workdir, shard="", **changes):
@@ -49,7 +58,7 @@ def run(monkeypatch):
 def files(workdir):
     """Returns the content of all files that are not hidden (locks are) by their path."""
     paths = [path for path in workdir.rglob("[!.]*") if path.is_file()]
-    return {path.relative_to(workdir): path.read_text() for path in paths}
+    return {path.relative_to(workdir): path.read_bytes() for path in paths}
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12, 40])
@@ -68,7 +77,7 @@ def test_merged_shards_are_what_one_command_writes(run, tmp_path, seeds):
     for index in (4, 0, 2, 1, 3):  # in any order
         assert run(tmp_path / "many", f"{index}/5", seeds=seeds) == []
         written = set(files(tmp_path / "many"))
-        assert {path.name for path in written} <= {"results.json", "run.json"}
+        assert not {path.name for path in written} & {"results.md", "report.html"}
         assert all(path.parent.name in SPLITS for path in written - {Path("run.json")})
     assert experiment.merge(tmp_path / "many") == []
     one, many = files(tmp_path / "one"), files(tmp_path / "many")
@@ -121,3 +130,59 @@ def test_shards_may_prepare_the_same_data_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic.Builder, "download_and_prepare", be_slower)
     splits = sources.open_splits("synthetic_ad", ("weave",), data_dir="", tfds_dir=str(tmp_path))
     assert [int(split.cardinality()) for split in splits["weave"]] == [2, 2]
+
+
+@pytest.fixture
+def three_categories(tmp_path):
+    """Options that evaluate the maps of three categories; data and maps are in `tmp_path`."""
+    rng = np.random.default_rng(0)
+    for category in CATEGORIES:
+        for name in ("train/good/0", "train/good/1", "test/good/0", "test/hole/1"):
+            path = tmp_path / "data" / category / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(path)
+            if name.startswith("test"):
+                path = tmp_path / "maps" / category / f"{name.removeprefix('test/')}.npy"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                np.save(path, rng.random((32, 32), np.float32))
+    config = tiny_config.get_config()
+    config.data_dir, config.maps_dir = str(tmp_path / "data"), str(tmp_path / "maps")
+    return config
+
+
+def fill_the_disk(folder, *arguments):
+    if folder.parent.name == "nut":
+        raise OSError(errno.ENOSPC, "No space left on device", f"{folder}/best.png")
+
+
+def break_the_program(train, *arguments, **options):
+    if break_the_program.calls.pop(0):
+        raise AssertionError("what nobody expected")
+    return {}
+
+
+@pytest.mark.parametrize("fault", ["unreadable", "disk_full", "bug"])
+def test_a_category_that_breaks_costs_one_line_and_no_other_category(
+    three_categories, tmp_path, monkeypatch, capsys, fault
+):
+    splits = sources.open_splits(
+        "folder", ("all",), data_dir=three_categories.data_dir, tfds_dir=""
+    )
+    if fault == "unreadable":  # after the check: a network drive is gone
+        (tmp_path / "data" / "nut" / "test" / "hole" / "1.png").unlink()
+    elif fault == "disk_full":
+        monkeypatch.setattr(pictures, "write_pictures", fill_the_disk)
+    else:
+        break_the_program.calls = [False, True, False]
+        monkeypatch.setattr(evaluate, "evaluate_baselines", break_the_program)
+    workdir = tmp_path / "w"
+    (failure,) = experiment.run(three_categories, workdir, splits, training=False, command="c")
+    assert failure.startswith("nut: ") and "\n" not in failure
+    assert capsys.readouterr().err == f"error: {failure}\n"
+    expected = {"unreadable": "1.png", "disk_full": "No space left", "bug": "what nobody expected"}
+    assert expected[fault] in failure
+    assert (workdir / "nut" / "error.txt").exists() == (fault == "bug")
+    categories = json.loads((workdir / "results.json").read_text())["categories"]
+    complete = ["bolt", "nut", "washer"] if fault == "disk_full" else ["bolt", "washer"]
+    assert list(categories) == complete
+    assert (workdir / "washer" / "report.html").exists()
