@@ -128,6 +128,21 @@ def export(arguments: Sequence[str] = ()) -> int:
     return 0
 
 
+def serve() -> int:
+    """Serves the model over HTTP: POST /predict, and a page where one drops a photograph."""
+    try:
+        from anoseg_jax.deploy import serve
+    except ImportError as error:
+        if error.name != "fastapi":
+            raise
+        raise UsageError(
+            '--mode=serve needs the extra [serve]: pip install -e ".[serve]"'
+        ) from None
+    limits = serve.Limits(megabytes=FLAGS.max_megabytes, megapixels=FLAGS.max_megapixels)
+    serve.serve(_load_predictor(), FLAGS.host, FLAGS.port, limits)
+    return 0
+
+
 def _load_predictor() -> Any:
     """Returns the model in --workdir with the thresholds of the flags."""
     from anoseg_jax.deploy import photo_predictor
@@ -159,6 +174,7 @@ MODES = {
     "compare": Mode(compare, ("workdir", "runs")),
     "predict": Mode(predict, ("workdir", "out", "photographs"), (*MODEL, "maps", "follow")),
     "export": Mode(export, ("workdir", "out", "format"), (*MODEL, "photographs")),
+    "serve": Mode(serve, ("workdir",), (*MODEL, "host", "port", "max_megabytes", "max_megapixels")),
 }
 POSITIONAL = ("runs", "photographs")
 HINTS = {
@@ -195,6 +211,10 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum("format", None, ("onnx", "stablehlo", "saved_model"), "What export writes.")
     flags.DEFINE_bool("follow", False, "Go on with photographs as they arrive, until Ctrl-C.")
+    flags.DEFINE_string("host", "127.0.0.1", "Address that serve listens at.")
+    flags.DEFINE_integer("port", 8000, "Port that serve listens at.", 0, 65535)
+    flags.DEFINE_float("max_megabytes", 50, "Largest file that serve takes.", 0)
+    flags.DEFINE_float("max_megapixels", 50, "Largest image that serve takes.", 0)
     for flag in FLAGS.get_flags_for_module(__name__):  # absl's --help shows those of the script
         FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 

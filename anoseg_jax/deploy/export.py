@@ -211,7 +211,7 @@ def export(predictor: Predictor, format_name: str, out: Path, photographs: list[
         path.rmtree() if path.is_dir() else path.unlink()
         raise ExportError(f"{path}: differs by more than {MAX_DIFFERENCE:g}, so it was removed")
     parity = {"images": len(images), "maps": of_maps, "scores": of_scores}
-    metadata = describe(predictor, format_name, parity)
+    metadata = {"format": format_name} | describe(predictor) | {"parity": parity}
     write_text(out / "model.json", json.dumps(metadata, indent=2, allow_nan=False) + "\n")
     script = importlib.resources.files("anoseg_jax.deploy").joinpath("exported_predict.py")
     write_text(out / "predict.py", script.read_text())
@@ -223,8 +223,8 @@ def export(predictor: Predictor, format_name: str, out: Path, photographs: list[
         )
 
 
-def describe(predictor: Predictor, format_name: str, parity: dict[str, Any]) -> dict[str, Any]:
-    """Returns the content of model.json."""
+def describe(predictor: Predictor) -> dict[str, Any]:
+    """Returns what is known of a model, as model.json has it."""
     config, metrics = predictor.model.config, {}
     packages = {name: importlib.metadata.version(name) for name in PACKAGES}
     if (predictor.folder / "results.json").exists():
@@ -232,7 +232,6 @@ def describe(predictor: Predictor, format_name: str, parity: dict[str, Any]) -> 
         metrics = {name: results.get(name) for name in METRICS}
     return {
         "category": predictor.folder.name,
-        "format": format_name,
         "input": {
             "name": "images",
             "dtype": "uint8",
@@ -252,6 +251,5 @@ def describe(predictor: Predictor, format_name: str, parity: dict[str, Any]) -> 
         "weights_sha256": predictor.model.weights_sha256,
         "steps": predictor.model.step,
         "metrics": metrics,
-        "parity": parity,
         "versions": {"python": platform.python_version()} | packages,
     }

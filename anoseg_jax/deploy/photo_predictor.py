@@ -25,7 +25,8 @@ CACHE = "~/.cache/anoseg_jax"
 # Images that are computed at once, for each device. Larger batches are not faster on a CPU, and
 # one photograph takes as long as a batch: all batches are filled up to this size.
 BATCH_CPU, BATCH_ACCELERATOR = 4, 16
-Photograph = str | os.PathLike | np.ndarray | Image.Image
+# A file, the content of a file, or a decoded image.
+Photograph = str | os.PathLike | bytes | np.ndarray | Image.Image
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -42,6 +43,16 @@ class Loaded(NamedTuple):
     image: np.ndarray
     size: tuple[int, int]
     seconds: float
+
+
+class _Content(bytes):
+    """The content of an image file, read like a file."""
+
+    def read_bytes(self) -> bytes:
+        return bytes(self)
+
+    def __str__(self) -> str:
+        return "the image"
 
 
 def to_array(image: np.ndarray | Image.Image) -> np.ndarray:
@@ -147,8 +158,13 @@ class Predictor:
 
     def load(self, photograph: Photograph) -> Loaded:
         """Reads and resizes a photograph as training does; LayoutError names what is unreadable."""
-        began, is_file = time.monotonic(), isinstance(photograph, str | os.PathLike)
-        image = read_image(epath.Path(photograph)) if is_file else to_array(photograph)
+        began = time.monotonic()
+        if isinstance(photograph, bytes):
+            image = read_image(_Content(photograph))
+        elif isinstance(photograph, str | os.PathLike):
+            image = read_image(epath.Path(photograph))
+        else:
+            image = to_array(photograph)
         resized = resize_image(image, self.image_size)
         return Loaded(resized, image.shape[:2], time.monotonic() - began)
 
@@ -156,8 +172,9 @@ class Predictor:
         """Returns the prediction for one photograph, or a list of them for several.
 
         Args:
-          photographs: one file, array or PIL image; or several: a folder, a list, an array of
-            several images. Arrays are uint8 [h, w, 3] or [h, w], or [b, h, w, 3] for several.
+          photographs: one file, content of a file (bytes), array or PIL image; or several: a
+            folder, a list, an array. Arrays are uint8: [h, w, 3] or [h, w], [b, h, w, 3] for
+            several.
 
         Raises:
           LayoutError: a file cannot be read.
@@ -259,7 +276,7 @@ def _listed(photographs: Any) -> list[Photograph] | None:
         return paths
     if isinstance(photographs, np.ndarray):
         return list(photographs) if photographs.ndim == 4 else None
-    return None if isinstance(photographs, Image.Image) else list(photographs)
+    return None if isinstance(photographs, bytes | Image.Image) else list(photographs)
 
 
 def _name_of(photograph: Photograph) -> str:
