@@ -25,7 +25,7 @@ from anoseg_jax.evaluation import evaluate, external_maps, results
 from anoseg_jax.images import batches, input_pipeline
 from anoseg_jax.interop import replay
 from anoseg_jax.method import detector, train
-from anoseg_jax.report import ablation, pages, pictures, runs
+from anoseg_jax.report import ablation, pages, pictures
 from anoseg_jax.running import distributed, files, loop, train_log
 
 Splits = tuple[Any, Any]  # (train, test): tf.data sets, see input_pipeline.load_arrays
@@ -295,7 +295,7 @@ def write_mean(workdir: Path, plan: Mapping[str, Any], variant: str) -> bool:
         if (folder / "results.json").exists()
     }
     if by_seed:
-        results.write_everything(folder_of(workdir, variant), runs.mean_over_seeds(by_seed))
+        results.write_everything(folder_of(workdir, variant), results.mean_over_seeds(by_seed))
     return bool(by_seed)
 
 

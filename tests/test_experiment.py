@@ -88,6 +88,38 @@ def test_merged_shards_are_what_one_command_writes(run, tmp_path, seeds):
     assert (Path("ablation.md") in many) == bool(seeds)
 
 
+def test_variants_are_run_in_order_and_again_in_the_same_way(run, tmp_path, monkeypatch):
+    """The same folders with the same options: what is finished there is not trained again."""
+    calls = []
+
+    def run_category(config, folder, splits, *, training):
+        table_exists = (tmp_path / "ablation.md").exists()
+        calls.append((str(folder.relative_to(tmp_path)), config.to_json(), table_exists))
+        if folder.name == "tile" and config.seed == 2 and not config.model.coords:
+            raise FileNotFoundError("no checkpoint")
+        return evaluation_of(config, folder, splits, training=training)
+
+    monkeypatch.setattr(experiment, "run_category", run_category)
+    assert run(tmp_path) == ["without/seed_2/tile: no checkpoint"]
+    folders, configs, table_exists = zip(*calls, strict=True)
+    assert list(folders) == [
+        f"{variant}/seed_{seed}/{category}"
+        for variant in ("without", "coordinates")
+        for seed in (1, 2)
+        for category in SPLITS
+    ]
+    assert table_exists == (False,) * 6 + (True,) * 6
+    table = json.loads((tmp_path / "ablation.json").read_text())
+    assert table["variants"] == ["without", "coordinates"]
+    assert table["command"] == "python launch.py --config=c"
+    difference = table["categories"]["screw"]["coordinates"]["iou"]["difference"]
+    assert difference == pytest.approx(0.5)
+    assert table["steps"]["screw"] == [6]
+    assert "- without/seed_2/tile: no checkpoint" in (tmp_path / "ablation.md").read_text()
+    run(tmp_path)
+    assert tuple(config for _, config, _ in calls[12:]) == configs
+
+
 def test_what_is_missing_and_what_differs_is_named(run, tmp_path):
     run(tmp_path, "0/2")
     broken = tmp_path / "without" / "seed_1" / "tile" / "broken"

@@ -4,7 +4,6 @@ Writes no files: see `results`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,36 +11,16 @@ import numpy as np
 from PIL import Image
 
 from anoseg_jax.evaluation import baselines, metrics
+from anoseg_jax.evaluation.metrics import METRICS
+from anoseg_jax.evaluation.results import IMAGE_COLUMNS, Evaluation
 from anoseg_jax.method import predict
 
-# The metrics of results.md, in the order of its columns; results.json has the mean of each.
-METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "iou", "pixel_f1_max", "au_pro")
-IMAGE_COLUMNS = ("name", "defect_type", "label", "has_mask")
 IMAGE_SCORES = ("map", "detector")  # the values of `config.evaluate.image_score`
 CURVE_POINTS = 200
 # Distinct scores up to which the pixel metrics are exact: 512 maps of 256x256, 400 MB.
 MAX_SCORES = 2**25
 
-
-@dataclass
-class Evaluation:
-    """The results of one category.
-
-    Attributes:
-      results: the category's content of results.json: the metrics and the metadata of the model. A
-        metric that cannot be computed is None and has a reason under `not_available`.
-      images: one dict for each image: name, defect_type, label, has_mask, score (the selected image
-        score), score_map, score_detector (None without a detector) and iou (of the 8-bit map at
-        `iou_threshold`; None without a mask or a threshold).
-      maps: uint8 [n, h, w], the maps on the display scale (see `to_display_scale`) times 255: for
-        pictures, not for metrics.
-      curves: "roc", "pr", "pro" and "iou" of metrics.segmentation_metrics, for plotting.
-    """
-
-    results: dict[str, Any]
-    images: list[dict[str, Any]]
-    maps: np.ndarray
-    curves: dict[str, dict[str, list[float]]]
+Batch = dict[str, np.ndarray]  # of input_pipeline.test_batches
 
 
 def image_iou(image_map: np.ndarray, mask: np.ndarray, threshold: float) -> float | None:
@@ -52,30 +31,18 @@ def image_iou(image_map: np.ndarray, mask: np.ndarray, threshold: float) -> floa
 
 
 def evaluate(
-    predictor: Any,
-    batches: Iterable[dict[str, np.ndarray]],
-    *,
-    native_masks: Sequence[np.ndarray] | None = None,
-    pixel_threshold: float | None = None,
-    image_threshold: float | None = None,
-    detector: Any = None,
-    image_score: str = "map",
+    predictor: Any, batches: Iterable[Batch], *, detector: Any = None, **options: Any
 ) -> Evaluation:
     """Predicts the anomaly maps of all test images and computes their metrics.
 
     Args:
       predictor: the trained generator, a `deploy.predictor.Predictor`.
-      batches: test images, in order (see input_pipeline.test_batches).
-      native_masks: masks at the size of their files, bool [h, w] each, in the order of the images.
-        If given, the pixel metrics are computed at this size; maps are resized (bilinear).
-      pixel_threshold: replaces the pixel threshold from held-out images.
-      image_threshold: replaces the image threshold from held-out images.
+      batches: test images, in order.
       detector: the image-level detector, if its scores are wanted in addition to the maps' scores.
-      image_score: which score the image metrics, verdicts and image threshold use: "map" or
-        "detector". `image_scores` of the results has the image metrics of both.
+      **options: of `measure`: masks, thresholds and which image score.
     """
 
-    def predict_batches() -> Iterable[tuple[dict, np.ndarray, dict[str, np.ndarray]]]:
+    def predict_batches() -> Iterable[tuple[Batch, np.ndarray, dict[str, np.ndarray]]]:
         for batch in batches:
             maps, map_scores = predictor(batch["image"])
             scores = {"map": map_scores}
@@ -85,18 +52,11 @@ def evaluate(
 
     metadata = {"params_sha256": predictor.weights_sha256, "steps": predictor.step}
     metadata |= predictor.record
-    if image_score == "detector":
-        metadata["thresholds"] = predictor.record["thresholds"] | {
-            "image": detector.record["thresholds"]["image"]
-        }
+    if options.get("image_score") == "detector":
+        image_threshold = detector.record["thresholds"]["image"]
+        metadata["thresholds"] = predictor.record["thresholds"] | {"image": image_threshold}
     evaluation = measure(
-        predict_batches(),
-        metadata=metadata,
-        image_size=predictor.image_size,
-        image_score=image_score,
-        native_masks=native_masks,
-        pixel_threshold=pixel_threshold,
-        image_threshold=image_threshold,
+        predict_batches(), metadata=metadata, image_size=predictor.image_size, **options
     )
     if detector is not None:
         seconds = detector.record["train_seconds"]
@@ -112,9 +72,7 @@ def evaluate(
 
 
 def measure(
-    predicted: Iterable[
-        tuple[dict[str, np.ndarray], Sequence[np.ndarray], Mapping[str, np.ndarray]]
-    ],
+    predicted: Iterable[tuple[Batch, Sequence[np.ndarray], Mapping[str, np.ndarray]]],
     *,
     metadata: Mapping[str, Any],
     image_size: tuple[int, int],
@@ -126,16 +84,18 @@ def measure(
     """Computes the metrics of anomaly maps of any origin.
 
     Args:
-      predicted: for each batch of test images a tuple: the batch (see input_pipeline.test_batches),
-        the maps of its images, float32 [h, w] each of any size, and their scores [b] by kind: "map"
-        and, if there is a detector, "detector".
+      predicted: for each batch of test images a tuple: the batch, the maps of its images, float32
+        [h, w] each of any size, and their scores [b] by kind: "map" and, if there is a detector,
+        "detector".
       metadata: what is known of the model; it is copied to the results. Uses its `thresholds`
         (thresholds.thresholds_from_good) and, for maps that are not from 0 to 1, its `map_scale`.
       image_size: height and width of the images.
-      image_score: see `evaluate`.
-      native_masks: see `evaluate`; without them, maps are resized to the batch's masks.
-      pixel_threshold: see `evaluate`.
-      image_threshold: see `evaluate`.
+      image_score: the score that image metrics, verdicts and the image threshold use: "map" or
+        "detector". `image_scores` of the results has the image metrics of both.
+      native_masks: masks at the size of their files, bool [h, w] each, in the order of the images.
+        If given, the pixel metrics are computed at this size; maps are resized (bilinear).
+      pixel_threshold: in place of the one from held-out images, on the scale of the maps.
+      image_threshold: in place of the one from held-out images, on the scale of the scores.
     """
     thresholds = select_thresholds(metadata, pixel_threshold, image_threshold)
     scale = metadata.get("map_scale")
@@ -163,95 +123,72 @@ def measure(
         best = pixel["iou_threshold"] if row["has_mask"] else None
         level = None if best is None else round(255 * to_display_scale(best, scale))
         row["iou"] = None if level is None else image_iou(image_map, mask, level)
-    scores, labels = (np.array([row[key] for row in images]) for key in ("score", "label"))
-    types = [row["defect_type"] for row in images]
-    image = metrics.image_metrics(scores, labels)
+    scores, labels, types = (
+        np.array([row[key] for row in images]) for key in ("score", "label", "defect_type")
+    )
     if at_threshold:
         thresholds["pixel"] |= at_threshold[0]
     if images and thresholds["image"]["threshold"] is not None:
         thresholds["image"] |= image_verdicts(scores, labels, thresholds["image"]["threshold"])
-    results = image | pixel
-    results["not_available"] = image["not_available"] | pixel["not_available"]
-    results["defect_types"] = {
-        name: metrics_of_defect_type(name, types, scores, labels, pixel["defect_types"].get(name))
-        for name in sorted(set(types) - {metrics.GOOD})
+    results = join_metrics(metrics.image_metrics(scores, labels), pixel)
+    for name, of_type in pixel["defect_types"].items():
+        chosen = np.isin(types, (name, metrics.GOOD))
+        of_type = join_metrics(metrics.image_metrics(scores[chosen], labels[chosen]), of_type)
+        count = int(np.count_nonzero(types == name))
+        results["defect_types"][name] = {"images": count} | headline(of_type)
+    results["image_scores"] = {
+        kind: metrics.image_metrics(np.array([row[f"score_{kind}"] for row in images]), labels)
+        for kind in IMAGE_SCORES
+        if kind == "map" or any(row[f"score_{kind}"] is not None for row in images)
     }
-    kinds = [
-        kind for kind in IMAGE_SCORES if any(row[f"score_{kind}"] is not None for row in images)
-    ]
-    results["image_scores"] = {kind: image_metrics_of(kind, images) for kind in kinds or ["map"]}
     results |= {"test_images": len(images)} | metadata
     results["thresholds"] = thresholds
     return Evaluation(results, images, maps, curves)
 
 
 def image_rows(
-    batch: Mapping[str, np.ndarray], scores: Mapping[str, np.ndarray], image_score: str
+    batch: Batch, scores: Mapping[str, np.ndarray], image_score: str
 ) -> list[dict[str, Any]]:
     """Returns `Evaluation.images` of a batch, without `iou`; for the arguments see `measure`."""
     columns = {name: batch[name].tolist() for name in IMAGE_COLUMNS}
     columns["score"] = scores[image_score].tolist()
-    for kind in IMAGE_SCORES:
-        exists = kind in scores
-        columns[f"score_{kind}"] = scores[kind].tolist() if exists else [None] * len(batch["label"])
+    unknown = np.full(len(batch["label"]), None)
+    columns |= {f"score_{kind}": scores.get(kind, unknown).tolist() for kind in IMAGE_SCORES}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def image_metrics_of(kind: str, images: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the image metrics (metrics.image_metrics) of one kind of score: map or detector."""
-    scores, labels = (np.array([row[key] for row in images]) for key in (f"score_{kind}", "label"))
-    return metrics.image_metrics(scores, labels)
 
 
 def evaluate_maps(
     maps: Sequence[np.ndarray],
-    batches: Sequence[dict[str, np.ndarray]],
+    batches: Sequence[Batch],
     *,
     scores: np.ndarray | None = None,
     maps_dir: str,
-    image_size: tuple[int, int],
     top_fraction: float,
-    native_masks: Sequence[np.ndarray] | None = None,
-    pixel_threshold: float | None = None,
-    image_threshold: float | None = None,
+    **options: Any,
 ) -> Evaluation:
     """Computes the metrics of another method's maps, with the same rules as `evaluate`.
 
     Args:
       maps: the maps of all images, in order, float32 [h, w] each of any size and range.
-      batches: see `evaluate`.
+      batches: test images, in order.
       scores: the scores of all images, [n]; None: computed from the maps, see `with_scores`.
       maps_dir: the folder of the maps, recorded in the results.
-      image_size: height and width of the images in `batches`.
       top_fraction: see `with_scores`.
-      native_masks: see `evaluate`.
-      pixel_threshold: see `evaluate`; on the scale of the maps.
-      image_threshold: see `evaluate`; on the scale of the scores.
+      **options: of `measure`: the size of the images, masks and thresholds.
     """
-    how = "none: {} has no held-out images; set evaluate.{}_threshold to have one"
-    metadata = {
-        **dict.fromkeys(("params_sha256", "steps", "train_seconds", "parameters")),
-        "flops_per_image": None,
-        "maps_dir": maps_dir,
-        "map_scale": scale_of(maps),
-        "thresholds": {
-            kind: {"threshold": None, "how": how.format("maps_dir", kind)}
-            for kind in ("pixel", "image")
-        },
+    unknown = ("params_sha256", "steps", "train_seconds", "parameters", "flops_per_image")
+    metadata = dict.fromkeys(unknown) | {"maps_dir": maps_dir, "map_scale": scale_of(maps)}
+    how = "none: maps_dir has no held-out images; set evaluate.{}_threshold to have one"
+    metadata["thresholds"] = {
+        kind: {"threshold": None, "how": how.format(kind)} for kind in ("pixel", "image")
     }
-    return measure(
-        with_scores(maps, batches, scores=scores, top_fraction=top_fraction),
-        metadata=metadata,
-        image_size=image_size,
-        native_masks=native_masks,
-        pixel_threshold=pixel_threshold,
-        image_threshold=image_threshold,
-    )
+    predicted = with_scores(maps, batches, scores=scores, top_fraction=top_fraction)
+    return measure(predicted, metadata=metadata, **options)
 
 
 def evaluate_baselines(
     train: np.ndarray,
-    batches: Sequence[dict[str, np.ndarray]],
+    batches: Sequence[Batch],
     *,
     top_fraction: float,
     native_masks: Sequence[np.ndarray] | None = None,
@@ -265,26 +202,23 @@ def evaluate_baselines(
     results_of = {}
     for name, baseline in baselines.BASELINES.items():
         maps = baseline(train, np.concatenate(images)) if images else []
-        results = measure(
+        evaluation = measure(
             with_scores(maps, batches, top_fraction=top_fraction),
             metadata={"map_scale": {"scores": [0.0], "levels": [0.0]}},  # no pictures are drawn
             image_size=train.shape[1:3],
             native_masks=native_masks,
-        ).results
-        reasons = results["not_available"]
-        results_of[name] = {metric: results[metric] for metric in METRICS} | {
-            "not_available": {metric: reasons[metric] for metric in METRICS if metric in reasons}
-        }
+        )
+        results_of[name] = headline(evaluation.results)
     return results_of
 
 
 def with_scores(
     maps: Sequence[np.ndarray],
-    batches: Sequence[dict[str, np.ndarray]],
+    batches: Sequence[Batch],
     *,
     scores: np.ndarray | None = None,
     top_fraction: float,
-) -> Iterable[tuple[dict[str, np.ndarray], Sequence[np.ndarray], dict[str, np.ndarray]]]:
+) -> Iterable[tuple[Batch, Sequence[np.ndarray], dict[str, np.ndarray]]]:
     """Yields the tuples (batch, maps, scores) of `measure` for maps that are already computed.
 
     Without `scores`, the score of an image is computed from its map at the image's size, as for the
@@ -355,7 +289,6 @@ def image_verdicts(scores: np.ndarray, labels: np.ndarray, threshold: float) -> 
     """
     called, defective = scores >= threshold, labels != 0
     detected, false_alarms = int(np.sum(called & defective)), int(np.sum(called & ~defective))
-    good = int(np.sum(~defective))
     return {
         "precision": detected / called.sum() if called.any() else None,
         "recall": detected / defective.sum() if defective.any() else None,
@@ -363,7 +296,7 @@ def image_verdicts(scores: np.ndarray, labels: np.ndarray, threshold: float) -> 
         "found": detected,
         "missed": int(defective.sum()) - detected,
         "false_alarms": false_alarms,
-        "good_images": good,
+        "good_images": int(np.sum(~defective)),
     }
 
 
@@ -375,21 +308,14 @@ def resize_map(image_map: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(image_map).resize(size, Image.Resampling.BILINEAR))
 
 
-def metrics_of_defect_type(
-    name: str, types: list[str], scores: np.ndarray, labels: np.ndarray, pixel: dict | None
-) -> dict[str, Any]:
-    """Returns METRICS of one defect type against all good images, with a reason for each None.
-
-    `pixel` has the pixel metrics of that type; None if it has no mask.
-    """
-    chosen = np.array([kind in (name, metrics.GOOD) for kind in types])
-    image = metrics.image_metrics(scores[chosen], labels[chosen])
-    if pixel is None:
-        pixel = metrics.segmentation_metrics([], None)
-    both = image | pixel
+def join_metrics(image: Mapping[str, Any], pixel: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns image and pixel metrics as one dict, with the reasons of both."""
     reasons = image["not_available"] | pixel["not_available"]
-    return {
-        "images": types.count(name),
-        **{metric: both[metric] for metric in METRICS},
-        "not_available": {metric: reasons[metric] for metric in METRICS if metric in reasons},
-    }
+    return {**image, **pixel, "not_available": reasons}
+
+
+def headline(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns METRICS of a dict of metrics, with a reason for each None."""
+    reasons = values["not_available"]
+    reasons = {metric: reasons[metric] for metric in METRICS if metric in reasons}
+    return {metric: values[metric] for metric in METRICS} | {"not_available": reasons}

@@ -15,10 +15,11 @@ from scipy import ndimage
 from sklearn import metrics as sklearn_metrics
 
 from anoseg_jax.evaluation import pixel_tables
-from anoseg_jax.method.thresholds import check_rate, first_allowed
 
 GOOD = "good"  # the defect type of images without a defect (MVTec AD's folder name)
 
+# The metrics of the result tables, in the order of their columns; results.json has their means.
+METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "iou", "pixel_f1_max", "au_pro")
 PIXEL_METRICS = (
     "pixel_auroc",
     "pixel_ap",
@@ -29,22 +30,13 @@ PIXEL_METRICS = (
     "au_pro",
     "au_pro_0.05",
 )
-AT_THRESHOLD_METRICS = (
-    "iou",
-    "mean_iou",
-    "precision",
-    "recall",
-    "f1",
-    "false_positive_rate",
-    "good_images_flagged",
-)
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1_max", "image_f1_max_threshold")
 
 Maps = np.ndarray | Sequence[np.ndarray]
 Masks = np.ndarray | Sequence[np.ndarray | None] | None
 
 MAX_SCORES = 2**23  # distinct scores of an accumulator: 100 MB; 110 maps of 256x256 stay exact
-_MAX_PENDING = 2**22  # pixels collected before they are sorted into the tables: 17 MB
+MAX_PENDING = 2**22  # pixels collected before they are sorted into the tables: 17 MB
 _MAX_SHIFT = 23  # the mantissa bits of a float32: dropping more would merge exponents
 _DEFECT_COST = 4  # a defect pixel's score counts as four: all curve points come from these
 EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
@@ -54,25 +46,18 @@ def _check_images(
     maps: Maps, defect_masks: Masks, defect_types: Sequence[str] | None
 ) -> list[tuple[np.ndarray, np.ndarray | None, str | None]]:
     """Returns (float32 map [h, w], bool mask [h, w] or None, type or None) of each image."""
-    n = len(maps)
-    masks = [None] * n if defect_masks is None else defect_masks
-    types = [None] * n if defect_types is None else defect_types
-    if not n == len(masks) == len(types):
-        raise ValueError(f"Got {n} maps, {len(masks)} defect masks and {len(types)} defect types")
+    nothing = [None] * len(maps)
+    masks = nothing if defect_masks is None else defect_masks
+    types = nothing if defect_types is None else defect_types
     images = []
     for i, (scores, mask, name) in enumerate(zip(maps, masks, types, strict=True)):
         with np.errstate(over="ignore"):  # too large for float32: counted as not finite
             scores = np.asarray(scores).astype(np.float32, copy=False)
-        if scores.ndim != 2:
-            raise ValueError(f"Map {i} has the shape {scores.shape}, expected [h, w]")
-        if mask is not None:
-            mask = np.asarray(mask)
-            if mask.shape != scores.shape:
-                raise ValueError(f"Map {i} has the shape {scores.shape}, its mask {mask.shape}")
-            if mask.dtype.kind not in "bui":
-                raise ValueError(f"Defect mask {i} is {mask.dtype}, expected bool or integers")
-            mask = mask != 0
-        images.append((scores, mask, name))
+        mask = None if mask is None else np.asarray(mask)
+        if scores.ndim != 2 or (mask is not None and mask.shape != scores.shape):
+            shape = None if mask is None else mask.shape
+            raise ValueError(f"Map {i} has the shape {scores.shape}, its mask {shape}, not [h, w]")
+        images.append((scores, None if mask is None else mask != 0, name))
     return images
 
 
@@ -89,24 +74,26 @@ class SegmentationAccumulator:
     Counts are whole numbers in float64, exact up to 2**53 pixels.
     """
 
-    def __init__(self, *, thresholds: Iterable[float] = (), max_scores: int | None = MAX_SCORES):
+    def __init__(
+        self,
+        *,
+        thresholds: Iterable[float] = (),
+        max_scores: int | None = MAX_SCORES,
+        max_pending: int = MAX_PENDING,
+    ):
         """Creates an empty accumulator.
 
         Args:
-            thresholds: pixel thresholds, rounded to float32, at which `result` reports
-                AT_THRESHOLD_METRICS, always exactly. They must be known in advance because the
-                IoU of single images needs the maps.
+            thresholds: pixel thresholds, rounded to float32, of `at_threshold` in the result. They
+                must be known in advance because the IoU of single images needs the maps.
             max_scores: the largest number of distinct scores to keep, summed over defect types. A
                 score of a defect pixel counts as four. A score takes 12 bytes, and four times as
                 much during a merge. None: no limit.
-
-        Raises:
-            ValueError: max_scores is below 1.
+            max_pending: pixels to collect before they are sorted and counted.
         """
-        if max_scores is not None and max_scores < 1:
-            raise ValueError(f"max_scores must be None or at least 1, got {max_scores}")
         self.thresholds = np.array(list(thresholds), np.float32)
         self.max_scores = max_scores
+        self.max_pending = max_pending
         self._shift = 0  # low bits of the keys that were dropped
         self._pending = 0  # pixels
         self._groups: dict[str | None, pixel_tables.TypeTables] = {}
@@ -125,8 +112,7 @@ class SegmentationAccumulator:
                 mask is empty, and there are no results per defect type.
 
         Raises:
-            ValueError: lengths or shapes differ, or a mask is neither bool nor integer. Nothing
-                is added in this case.
+            ValueError: lengths or shapes differ. Nothing is added in this case.
         """
         for scores, mask, name in _check_images(maps, defect_masks, defect_types):
             if name is None and mask is not None and not mask.any():
@@ -140,7 +126,7 @@ class SegmentationAccumulator:
                 self._groups[name].images_without_mask += 1
             else:
                 self._add_image(self._groups[name], scores, mask)
-            if self.max_scores is not None and self._pending >= _MAX_PENDING:
+            if self.max_scores is not None and self._pending >= self.max_pending:
                 self._flush()
 
     def _add_image(
@@ -178,46 +164,22 @@ class SegmentationAccumulator:
 
     def _flush(self) -> None:
         """Merges the pending pixels into the tables and drops bits if the tables are too large."""
-        shift = np.uint32(self._shift)
         for group in self._groups.values():
-            if group.pending_normal:
-                keys = np.concatenate(group.pending_normal)
-                group.pending_normal.clear()
-                group.normal = pixel_tables.merge(
-                    group.normal, pixel_tables.tabulate(keys >> shift if shift else keys)
-                )
-            if group.pending_defect:
-                keys = np.concatenate(group.pending_defect) >> shift
-                weights = np.concatenate(group.pending_weights)
-                group.pending_defect.clear()
-                group.pending_weights.clear()
-                group.defect = pixel_tables.merge(
-                    group.defect, pixel_tables.tabulate_regions(keys, weights)
-                )
+            group.merge_pending(self._shift)
         self._pending = 0
         limit = np.inf if self.max_scores is None else self.max_scores
-        while self._entries() > limit and self._shift < _MAX_SHIFT:
+        while self._shift < _MAX_SHIFT and limit < sum(
+            len(group.normal.keys) + _DEFECT_COST * len(group.defect.keys)
+            for group in self._groups.values()
+        ):
             self._shift += 1
             for group in self._groups.values():
-                group.normal = pixel_tables.sum_runs(
-                    group.normal.keys >> np.uint32(1), group.normal.sums
-                )
-                group.defect = pixel_tables.sum_runs(
-                    group.defect.keys >> np.uint32(1), group.defect.sums
-                )
-
-    def _entries(self) -> int:
-        groups = self._groups.values()
-        return sum(len(g.normal.keys) + _DEFECT_COST * len(g.defect.keys) for g in groups)
+                group.drop_bit()
 
     def result(self, *, curve_points: int = 0) -> dict[str, Any]:
         """Returns the metrics of all images added so far; more can be added afterwards.
 
-        Args:
-            curve_points: if above 0, the largest number of points of each curve under "curves".
-
-        Returns:
-            The dict that `segmentation_metrics` describes.
+        For the argument and the dict that is returned see `segmentation_metrics`.
         """
         self._flush()
         result = self._result(list(self._groups), curve_points)
@@ -265,26 +227,6 @@ class SegmentationAccumulator:
             )
         return result
 
-    def threshold_from_good(self, false_positive_rate: float) -> float | None:
-        """Returns the lowest threshold that at most this share of the good images' pixels reaches.
-
-        See `thresholds.threshold_from_good`. Returns None also without good images. Dropped bits
-        can raise the threshold; the share then stays below the limit.
-
-        Raises:
-            ValueError: false_positive_rate is not in [0, 1].
-        """
-        check_rate(false_positive_rate)
-        self._flush()
-        good = self._groups.get(GOOD)
-        if good is None or good.non_finite_images or not len(good.normal.keys):
-            return None
-        table = good.normal
-        keys = np.append(table.keys, table.keys[-1] + np.uint32(1))
-        index = first_allowed(table.sums[0], false_positive_rate)
-        key = keys[index : index + 1] << np.uint32(self._shift)
-        return float(pixel_tables.scores_from_keys(key)[0])
-
 
 def segmentation_metrics(
     maps: Maps,
@@ -301,10 +243,8 @@ def segmentation_metrics(
     IJCV 2021). The result is always exact. Unlike the accumulator, memory grows with the maps.
 
     Args:
-        maps: as in `SegmentationAccumulator.add`.
-        defect_masks: as in `SegmentationAccumulator.add`.
-        defect_types: as in `SegmentationAccumulator.add`.
-        thresholds: pixel thresholds at which AT_THRESHOLD_METRICS are reported.
+        maps, defect_masks, defect_types: see `SegmentationAccumulator.add`.
+        thresholds: pixel thresholds of `at_threshold`.
         curve_points: if above 0, the largest number of points of each curve under "curves".
 
     Returns:
@@ -312,9 +252,9 @@ def segmentation_metrics(
         pixel_auroc, pixel_ap, pixel_f1_max, iou (the best over thresholds), au_pro, au_pro_0.05:
             float in [0, 1] or None; pixel_f1_max_threshold, iou_threshold: float or None.
         not_available: {metric: reason} of each None.
-        at_threshold: for each threshold a dict of threshold, AT_THRESHOLD_METRICS, not_available.
-            mean_iou is over the images with a defect; good_images_flagged is the share of good
-            images with a pixel at or above the threshold.
+        at_threshold: for each threshold a dict of threshold, iou, mean_iou (over the images with a
+            defect), precision, recall, f1, false_positive_rate, good_images_flagged (the share of
+            good images with a pixel at or above the threshold) and not_available. Always exact.
         images, images_with_defect, images_without_mask, regions, defect_pixels, normal_pixels: int.
         exact: bool; score_bits_dropped: int; error_bounds: {metric: largest error that the
             dropped bits can cause}.
@@ -323,9 +263,6 @@ def segmentation_metrics(
             lies outside.
         defect_types: {type: the same dict, without defect_types, for the images of this type and
             all good images}.
-
-    Raises:
-        ValueError: lengths or shapes differ, or a mask is neither bool nor integer.
     """
     accumulator = SegmentationAccumulator(thresholds=thresholds, max_scores=None)
     accumulator.add(maps, defect_masks, defect_types)

@@ -118,6 +118,25 @@ class TypeTables:
     non_finite_images: int = 0
     non_finite_pixels: int = 0
 
+    def merge_pending(self, shift: int) -> None:
+        """Counts the pending pixels, whose keys have `shift` more bits than those of the tables."""
+        if self.pending_normal:
+            keys = np.concatenate(self.pending_normal)
+            keys >>= np.uint32(shift)
+            self.pending_normal.clear()
+            self.normal = merge(self.normal, tabulate(keys))
+        if self.pending_defect:
+            keys = np.concatenate(self.pending_defect) >> np.uint32(shift)
+            weights = np.concatenate(self.pending_weights)
+            self.pending_defect.clear()
+            self.pending_weights.clear()
+            self.defect = merge(self.defect, tabulate_regions(keys, weights))
+
+    def drop_bit(self) -> None:
+        """Drops the lowest bit of all keys of the tables."""
+        self.normal = sum_runs(self.normal.keys >> np.uint32(1), self.normal.sums)
+        self.defect = sum_runs(self.defect.keys >> np.uint32(1), self.defect.sums)
+
 
 @dataclass
 class ThresholdCounts:
@@ -258,12 +277,8 @@ def why_unusable(groups: Sequence[TypeTables]) -> str | None:
     """Returns the reason why no metric can be computed, or None."""
     images = sum(group.images for group in groups)
     if not images:
-        num_without_mask = sum(group.images_without_mask for group in groups)
-        return (
-            f"none of the {num_without_mask} images has a ground-truth mask"
-            if num_without_mask
-            else "no images"
-        )
+        without = sum(group.images_without_mask for group in groups)
+        return f"none of the {without} images has a ground-truth mask" if without else "no images"
     non_finite = sum(group.non_finite_images for group in groups)
     if non_finite:
         pixels = sum(group.non_finite_pixels for group in groups)
@@ -278,7 +293,7 @@ def metrics_at_threshold(
     counts: ThresholdCounts,
     unusable: str | None,
 ) -> dict[str, Any]:
-    """Returns AT_THRESHOLD_METRICS at one threshold, from the counts that each image added."""
+    """Returns the metrics at one threshold, from the counts that each image added."""
     tp, fp, iou = (
         float(sum(group.at_threshold[name][index] for group in groups))
         for name in ("tp", "fp", "iou")

@@ -1,22 +1,64 @@
-"""Result files: writes, reads, averages and formats results.json, results.md and images.csv."""
+"""Result files of a run: every read and write, means over categories and seeds, tables.
+
+    W/results.json, results.md           all categories and their mean
+    W/<category>/results.json            one category, with what is needed to reproduce it
+    W/<category>/images.csv              one line for each test image
+    W/<category>/curves.json             points of the curves
+    W/<category>/evaluation.npz          test images, masks and 8-bit maps
+    W/seed_<s>/                          such a workdir for each of several seeds; W has their mean
+
+Reading needs no jax.
+"""
 
 import csv
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 from etils.epath import Path
 
-from anoseg_jax.evaluation.evaluate import IMAGE_COLUMNS, METRICS, Evaluation
+from anoseg_jax import UsageError
+from anoseg_jax.evaluation.metrics import METRICS
 from anoseg_jax.running import versions
 from anoseg_jax.running.files import write_bytes, write_text
 
+IMAGE_COLUMNS = ("name", "defect_type", "label", "has_mask")
+SCORE_COLUMNS = ("score", "score_map", "score_detector", "iou")
 
-def mean_of(categories: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+
+class ResultsError(UsageError):
+    """Result files are missing or cannot be used; the message is one line."""
+
+
+@dataclass
+class Evaluation:
+    """The results of one category.
+
+    Attributes:
+      results: the category's content of results.json: the metrics and the metadata of the model. A
+        metric that cannot be computed is None and has a reason under `not_available`.
+      images: one dict for each image: name, defect_type, label, has_mask, score (the selected image
+        score), score_map, score_detector (None without a detector) and iou (of the 8-bit map at
+        `iou_threshold`; None without a mask or a threshold).
+      maps: uint8 [n, h, w], the maps on the display scale (see `evaluate.to_display_scale`) times
+        255: for pictures, not for metrics.
+      curves: "roc", "pr", "pro" and "iou" of metrics.segmentation_metrics, for plotting.
+    """
+
+    results: dict[str, Any]
+    images: list[dict[str, Any]]
+    maps: np.ndarray
+    curves: dict[str, dict[str, list[float]]]
+
+
+# Means over categories and seeds.
+
+
+def mean_of(categories: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     """Returns the mean of each of METRICS over the categories with a value; None without any."""
     values = {
         name: [c[name] for c in categories.values() if c.get(name) is not None] for name in METRICS
@@ -24,91 +66,284 @@ def mean_of(categories: dict[str, dict[str, Any]]) -> dict[str, float | None]:
     return {name: float(np.mean(numbers)) if numbers else None for name, numbers in values.items()}
 
 
-def as_markdown(results: dict[str, Any]) -> str:
-    """Returns the content of results.json as a Markdown table: the categories, then their mean."""
-    rows = [("category", *METRICS, "train seconds")]
-    for name, category in results["categories"].items():
-        values = [_with_spread(category, metric) for metric in METRICS]
+def mean_over_seeds(results_by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns one dict in the shape of results.json from those of several seeds.
+
+    A metric is its mean over seeds, and `<metric>_std` its standard deviation (n - 1). Both are
+    None, with the reason, if any seed has no value: the mean of the others would flatter. Other
+    entries keep their value if all seeds agree; else they are lists with one entry per seed.
+    `params_sha256` is always such a list. A category's `seeds` names the seeds that have it. The
+    `mean` is over categories; its std is that of the means that each seed has over categories.
+    """
+    by_seed = dict(sorted(results_by_seed.items()))
+    categories = {}
+    for name in keys_of(results["categories"] for results in by_seed.values()):
+        of_category = {
+            s: r["categories"][name] for s, r in by_seed.items() if name in r["categories"]
+        }
+        categories[name] = _over_seeds(of_category) | {
+            "params_sha256": [category.get("params_sha256") for category in of_category.values()],
+            "seeds": list(of_category),
+        }
+    mean: dict[str, float | None] = {}
+    same_seeds = all(len(category["seeds"]) == len(by_seed) for category in categories.values())
+    for metric, value in mean_of(categories).items():
+        complete = same_seeds and all(c[metric] is not None for c in categories.values())
+        of_seeds = [results["mean"][metric] for results in by_seed.values()]
+        mean |= {metric: value, f"{metric}_std": std_of(of_seeds) if complete else None}
+    others = {
+        seed: {key: value for key, value in results.items() if key not in ("categories", "mean")}
+        for seed, results in by_seed.items()
+    }
+    everything = {"categories": categories, "mean": mean, "seeds": list(by_seed)}
+    return everything | _over_seeds(others)
+
+
+def _over_seeds(by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns one dict from one per seed; metrics get a std if a dict has `not_available`.
+
+    Whole numbers on which all seeds agree are counts, and stay as they are.
+    """
+    result: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    has_metrics = any("not_available" in values for values in by_seed.values())
+    for key in keys_of(by_seed.values()):
+        values = [of_seed.get(key) for of_seed in by_seed.values()]
+        known = [value for value in values if value is not None]
+        agree = all(value == values[0] for value in values)
+        if key == "not_available":
+            continue
+        if known and all(isinstance(value, dict) for value in known):
+            result[key] = _over_seeds({seed: d[key] for seed, d in by_seed.items() if d.get(key)})
+        elif not all(type(value) in (int, float) for value in known) or (
+            agree and all(type(value) is int for value in values)
+        ):
+            result[key] = values[0] if agree else values
+        else:
+            reason = why_missing(key, by_seed)
+            result[key] = float(np.mean(known)) if reason is None else None
+            if has_metrics:
+                result[f"{key}_std"] = std_of(values)
+                if reason is not None:
+                    missing[key] = reason
+                if reason is not None or len(values) == 1:
+                    missing[f"{key}_std"] = reason or "one seed"
+    return result | ({"not_available": missing} if has_metrics else {})
+
+
+def why_missing(metric: str, by_seed: Mapping[Any, Mapping[str, Any]]) -> str | None:
+    """Returns why a metric is None in results of some seeds; None if all seeds have it."""
+    reasons = {
+        seed: values.get("not_available", {}).get(metric, "no value")
+        for seed, values in by_seed.items()
+        if values.get(metric) is None
+    }
+    if len(reasons) == len(by_seed) and len(set(reasons.values())) == 1:
+        return next(iter(reasons.values()))
+    return "; ".join(f"seed {seed}: {reason}" for seed, reason in reasons.items()) or None
+
+
+def std_of(values: Sequence[float | None]) -> float | None:
+    """Returns the standard deviation (n - 1); None for a single value or with a missing one."""
+    if len(values) < 2 or None in values:
+        return None
+    return float(np.std(values, ddof=1))
+
+
+def keys_of(dicts: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns the keys of all dicts without duplicates, in order of first occurrence."""
+    return list(dict.fromkeys(key for values in dicts for key in values))
+
+
+# Tables.
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Returns the lines of a Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    return [lines[0], "|---" * len(header) + "|", *lines[1:]]
+
+
+def format_value(value: float | None, std: float | None = None) -> str:
+    """Returns a cell of a table: the value with its standard deviation, "-" for None."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" + ("" if std is None else f" ± {std:.4f}")
+
+
+def _cell(values: Mapping[str, Any], metric: str) -> str:
+    return format_value(values[metric], values.get(f"{metric}_std"))
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """Returns the content of results.json as Markdown: categories, their mean, and baselines."""
+    categories, rows = results["categories"], []
+    for name, category in categories.items():
         seconds = category.get("train_seconds")  # None for the maps of other methods
-        rows.append((name, *values, "-" if seconds is None else f"{seconds:.0f}"))
-    rows.append(("**mean**", *(_with_spread(results["mean"], metric) for metric in METRICS), ""))
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|---" * len(rows[0]) + "|")
+        cells = (_cell(category, metric) for metric in METRICS)
+        rows.append((name, *cells, "-" if seconds is None else f"{seconds:.0f}"))
+    rows.append(("**mean**", *(_cell(results["mean"], metric) for metric in METRICS), ""))
+    lines = markdown_table(("category", *METRICS, "train seconds"), rows)
     reasons = [
         f"- {name}: {metric}: {reason}"
-        for name, category in results["categories"].items()
+        for name, category in categories.items()
         for metric, reason in category["not_available"].items()
         if metric in METRICS
     ]
-    note = ["", "Not available:", *reasons] if reasons else []
-    categories = results["categories"]
-    return "\n".join(
-        [*lines, *image_score_lines(categories), *note, *_baselines_table(categories), ""]
-    )
+    lines += _image_scores_table(categories)
+    lines += ["", "Not available:", *reasons] if reasons else []
+    return "\n".join([*lines, *_baselines_table(categories), ""])
 
 
-def image_score_lines(categories: dict[str, dict[str, Any]]) -> list[str]:
+def _image_scores_table(categories: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Returns the lines of the table of both image scores' AUROC; none without a detector."""
-    rows = [
-        (name, *(_with_spread(scores[kind], "image_auroc") for kind in ("map", "detector")))
-        + (f"{scores['detector']['train_seconds']:.0f}", f"{scores['detector']['train_share']:.0%}")
-        for name, scores in ((name, c.get("image_scores", {})) for name, c in categories.items())
-        if "detector" in scores
-    ]
-    if not rows:
-        return []
+    rows = []
+    for name, category in categories.items():
+        if "detector" in category.get("image_scores", {}):
+            of_map, detector = (category["image_scores"][kind] for kind in ("map", "detector"))
+            cells = (_cell(scores, "image_auroc") for scores in (of_map, detector))
+            share = f"{detector['train_share']:.0%}"
+            rows.append((name, *cells, f"{detector['train_seconds']:.0f}", share))
     header = ("image_auroc of", "map", "detector", "its train seconds", "of all training")
-    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
-    return ["", lines[0], "|---" * len(header) + "|", *lines[1:]]
+    return ["", *markdown_table(header, rows)] if rows else []
 
 
-def _baselines_table(categories: dict[str, dict[str, Any]]) -> list[str]:
+def _baselines_table(categories: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Returns the lines of the table of trivial baselines; none if no category has any.
 
     A baseline's value that is above the model's is bold.
     """
     rows = []
     for name, category in categories.items():
-        for baseline, values in (category.get("baselines") or {}).items():
+        for baseline, values in category.get("baselines", {}).items():
             cells = []
             for metric in METRICS:
-                cell, model_value = _with_spread(values, metric), category.get(metric)
-                available = None not in (model_value, values[metric])
-                is_better = available and values[metric] > model_value
-                cells.append(f"**{cell}**" if is_better else cell)
-            rows.append(f"| {name} | {baseline} | " + " | ".join(cells) + " |")
+                pair = values[metric], category[metric]
+                bold = "**" if None not in pair and pair[0] > pair[1] else ""
+                cells.append(bold + _cell(values, metric) + bold)
+            rows.append((name, baseline, *cells))
     if not rows:
         return []
-    header = "| " + " | ".join(("category", "trivial baseline", *METRICS)) + " |"
-    note = (
-        "Trivial baselines through the same evaluator; in bold where one is above the table above:"
-    )
-    return ["", note, "", header, "|---" * (2 + len(METRICS)) + "|", *rows]
+    note = "Trivial baselines through the same evaluator; in bold where one is above the table "
+    header = ("category", "trivial baseline", *METRICS)
+    return ["", note + "above:", "", *markdown_table(header, rows)]
 
 
-def _with_spread(values: dict[str, Any], metric: str) -> str:
-    spread = values.get(f"{metric}_std")  # over seeds
-    return _number(values.get(metric)) + ("" if spread is None else f" ± {spread:.4f}")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def summary(category: str, results: dict[str, Any]) -> str:
+def summary(category: str, results: Mapping[str, Any]) -> str:
     """Returns the metrics of a category as one line, for the terminal."""
-    values = "  ".join(f"{metric} {_number(results[metric])}" for metric in METRICS)
+    values = "  ".join(f"{metric} {format_value(results[metric])}" for metric in METRICS)
     return f"{category}: {values}"
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """Reads results.json of a workdir or of a category folder."""
-    return json.loads((folder / "results.json").read_text())
+# Reading.
+
+
+def read_results(folder: str | Path) -> dict[str, Any]:
+    """Reads results.json of a workdir or a category; ResultsError if it is missing or damaged."""
+    path = Path(folder) / "results.json"
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and ("results" in content or "categories" in content):
+            return content
+        problem = f"{path} holds no results"
+    except FileNotFoundError:
+        problem = f"{folder} has no results.json"
+    except (OSError, ValueError) as error:
+        problem = f"{path} cannot be read ({type(error).__name__}: {error})"
+    raise ResultsError(f"{problem}; run --mode=train or --mode=evaluate")
+
+
+def read_finished(folders: Mapping[Any, Path]) -> dict[Any, dict[str, Any]]:
+    """Returns the content of results.json of each of `folders` that has one."""
+    return {
+        key: read_results(folder)
+        for key, folder in folders.items()
+        if (folder / "results.json").exists()
+    }
+
+
+def read_seeds(workdir: str | Path) -> dict[str, dict[str, Any]]:
+    """Reads results.json of each `seed_<s>` in a workdir, by seed, or of the workdir as seed "".
+
+    Raises:
+      ResultsError: one of them is missing or damaged.
+    """
+    workdir = Path(workdir)
+    children = workdir.iterdir() if workdir.is_dir() else ()
+    seeds = [path.name[5:] for path in children if path.name.startswith("seed_") and path.is_dir()]
+    # By number, then by name.
+    seeds.sort(key=lambda s: (not s.isdigit(), int(s) if s.isdigit() else 0, s))
+    return {seed: read_results(seed_folder(workdir, seed)) for seed in seeds or [""]}
+
+
+def seed_folder(workdir: str | Path, seed: str) -> Path:
+    """Returns the workdir of a seed of `read_seeds`."""
+    return Path(workdir) / f"seed_{seed}" if seed else Path(workdir)
+
+
+def read_optional(path: Path, parse: Callable[[Path], Any]) -> tuple[Any, str]:
+    """Returns the parsed file and "", or None and a sentence that says what is wrong with it."""
+    try:
+        return parse(path), ""
+    except FileNotFoundError:
+        return None, f"{path.name} is not there."
+    except Exception as error:  # csv, json, numpy and zlib have no common type for damaged files
+        return None, f"{path.name} cannot be read ({type(error).__name__}: {error})."
+
+
+def parse_json(path: Path) -> Any:
+    """Returns the content of a JSON file."""
+    return json.loads(path.read_text())
+
+
+def parse_rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of images.csv with their types; see `write_evaluation`."""
+    return [
+        {
+            "name": row["name"],
+            "defect_type": row["defect_type"],
+            "label": int(row["label"]),
+            "score": float(row["score"]),
+            "has_mask": row["has_mask"] == "True",
+            "iou": float(row["iou"]) if row["iou"] else None,
+        }
+        for row in csv.DictReader(io.StringIO(path.read_text()))
+    ]
+
+
+def read_images(
+    folder: Path, names: Sequence[str] = ("image", "mask", "map")
+) -> tuple[list[dict[str, Any]] | None, dict[str, np.ndarray] | None, str]:
+    """Reads images.csv and the named arrays of evaluation.npz of a category.
+
+    Returns:
+      The rows, the arrays, and "" or a sentence that says why one of them is None. Without as many
+      rows there are no arrays.
+    """
+
+    def parse(path: Path) -> dict[str, np.ndarray]:
+        with np.load(io.BytesIO(path.read_bytes())) as file:
+            return {name: file[name] for name in names}
+
+    rows, no_rows = read_optional(folder / "images.csv", parse_rows)
+    arrays, no_arrays = read_optional(folder / "evaluation.npz", parse)
+    if rows is not None and arrays is not None and len(rows) != len(arrays["map"]):
+        count, arrays = len(arrays["map"]), None
+        no_arrays = f"evaluation.npz has {count} images and images.csv {len(rows)}: evaluate again."
+    return rows, arrays, no_rows or no_arrays
+
+
+# Writing.
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file atomically; values that are not finite are an error."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def write_everything(workdir: Path, everything: dict[str, Any]) -> None:
     """Writes `everything` to results.json of a workdir, and its tables to results.md."""
-    write_text(workdir / "results.json", json.dumps(everything, indent=2, allow_nan=False) + "\n")
+    write_json(workdir / "results.json", everything)
     write_text(workdir / "results.md", as_markdown(everything))
 
 
@@ -118,6 +353,8 @@ def write_category(folder: Path, results: dict[str, Any], *, config: str, comman
     `config` is the JSON of the options of this run; its hash is written as `config_sha256`.
     `command` is the command line of this run.
     """
+    import jax  # not needed for reading
+
     content = {
         "results": results,
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
@@ -126,8 +363,7 @@ def write_category(folder: Path, results: dict[str, Any], *, config: str, comman
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_text(folder / "results.json", text)
+    write_json(folder / "results.json", content)
 
 
 def assemble(workdir: Path, categories: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -137,15 +373,10 @@ def assemble(workdir: Path, categories: Sequence[str]) -> dict[str, dict[str, An
     category's results.json; categories without one are skipped. If all are skipped, no file is
     written.
     """
-    contents = {
-        name: read_results(workdir / name)
-        for name in categories
-        if (workdir / name / "results.json").exists()
-    }
+    contents = read_finished({name: workdir / name for name in categories})
     if not contents:
         return {}
-    exists = (workdir / "results.json").exists()
-    previous = read_results(workdir)["categories"] if exists else {}
+    previous = read_finished({"": workdir}).get("", {"categories": {}})["categories"]
     others = {name: results for name, results in previous.items() if name not in contents}
     every = others | {name: content["results"] for name, content in contents.items()}
     metadata = [
@@ -170,10 +401,7 @@ def _join_values(values: Sequence[Any]) -> Any:
 def write_results(
     workdir: Path, category: str, results: dict[str, Any], *, config: str, command: str
 ) -> None:
-    """Writes the results of a category to its folder and to the result files of `workdir`.
-
-    See `write_category`, `assemble`.
-    """
+    """Writes the results of a category (`write_category`) and those of `workdir` (`assemble`)."""
     write_category(workdir / category, results, config=config, command=command)
     assemble(workdir, [category])
 
@@ -187,8 +415,7 @@ def write_evaluation(folder: Path, evaluation: Evaluation, arrays: dict[str, np.
     `map` uint8 [n, h, w] (times 255).
     """
     table = io.StringIO()
-    scores = ("score", "score_map", "score_detector")
-    writer = csv.DictWriter(table, (*IMAGE_COLUMNS, *scores, "iou"))
+    writer = csv.DictWriter(table, (*IMAGE_COLUMNS, *SCORE_COLUMNS))
     writer.writeheader()
     writer.writerows(evaluation.images)
     write_text(folder / "images.csv", table.getvalue())

@@ -1,10 +1,9 @@
 """The table of an ablation: what each variant of a config is worth, and what it adds to the last.
 
 A variant is a run in a folder of its own: `W/<variant>/results.json`, or one such file for each
-seed, `W/<variant>/seed_<s>/results.json`. Nothing else is read. All metrics are better when higher.
+seed, `W/<variant>/seed_<s>/results.json`. All metrics are better when higher.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -12,9 +11,14 @@ from typing import Any
 import numpy as np
 from etils.epath import Path
 
-from anoseg_jax.evaluation.results import read_results
-from anoseg_jax.report import runs
-from anoseg_jax.running import files
+from anoseg_jax.evaluation.results import (
+    read_finished,
+    std_of,
+    why_missing,
+    write_json,
+)
+from anoseg_jax.report.templates import render
+from anoseg_jax.running.files import write_text
 
 # The columns.
 METRICS = {
@@ -24,6 +28,7 @@ METRICS = {
     "pixel_ap": "pixel AP",
     "au_pro": "AU-PRO",
 }
+_UNFINISHED = {"not_available": dict.fromkeys(METRICS, "not finished")}
 
 
 def tabulate(
@@ -32,12 +37,12 @@ def tabulate(
     categories: Sequence[str],
     seeds: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Puts the variants beside each other; what is not finished has no value, and the reason.
+    """Returns the results of the variants; an unfinished one has no value, and the reason.
 
     Args:
       workdir: holds a folder for each variant.
       variants: their names, in the order of the rows.
-      categories: those that the table is about.
+      categories: the categories of the table.
       seeds: those that a value is the mean of; () for variants that were run without seeds.
 
     Returns:
@@ -50,16 +55,18 @@ def tabulate(
       CELL: value (mean over seeds), std (over seeds, n - 1), seeds (the values), difference (to the
         variant before); reason: why the value is None.
     """
-    folders = [f"seed_{seed}" for seed in seeds] or ["."]
+    folders = {seed: f"seed_{seed}" for seed in seeds} or {0: "."}
     results = {
-        variant: [_read(Path(workdir) / variant / folder) for folder in folders]
+        variant: read_finished({s: Path(workdir) / variant / f for s, f in folders.items()})
         for variant in variants
     }
+
+    def by_seed(variant: str, category: str) -> dict[int, dict[str, Any]]:
+        of_seeds = {seed: content["categories"] for seed, content in results[variant].items()}
+        return {seed: of_seeds.get(seed, {}).get(category, _UNFINISHED) for seed in folders}
+
     table = {
-        category: {
-            variant: _cells([of_seed.get(category) for of_seed in results[variant]], seeds)
-            for variant in variants
-        }
+        category: {variant: _cells(by_seed(variant, category)) for variant in variants}
         for category in categories
     }
     mean_of = {
@@ -83,33 +90,21 @@ def tabulate(
                 old = rows[before][metric]["value"]
                 if cell["value"] is not None and old is not None:
                     cell["difference"] = cell["value"] - old
-    every = [of_seed for variant in variants for of_seed in results[variant]]
+    every = {c: [r for v in variants for r in by_seed(v, c).values()] for c in categories}
     return {
         "variants": list(variants),
         "seeds": list(seeds),
-        "steps": {
-            category: sorted({found[category]["steps"] for found in every if category in found})
-            for category in categories
-        },
+        "steps": {c: sorted({r["steps"] for r in of if "steps" in r}) for c, of in every.items()},
         "categories": table,
         "mean": mean,
         "mean_of": mean_of,
     }
 
 
-def _read(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns the results of each category in a workdir; none of a workdir without results.json."""
-    if not (folder / "results.json").exists():
-        return {}
-    return read_results(folder)["categories"]
-
-
-def _cells(of_seeds: Sequence[dict[str, Any] | None], seeds: Sequence[int]) -> dict[str, dict]:
-    """Returns {metric: CELL} of a category's results, one a seed (None: not finished)."""
-    unfinished = {"not_available": dict.fromkeys(METRICS, "not finished")}
-    found = dict(zip(seeds or [0], [results or unfinished for results in of_seeds], strict=True))
+def _cells(by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns {metric: CELL} of a category's results."""
     return {
-        metric: _cell([r.get(metric) for r in found.values()], runs.why_missing(metric, found))
+        metric: _cell([r.get(metric) for r in by_seed.values()], why_missing(metric, by_seed))
         for metric in METRICS
     }
 
@@ -117,7 +112,7 @@ def _cells(of_seeds: Sequence[dict[str, Any] | None], seeds: Sequence[int]) -> d
 def _cell(of_seeds: Sequence[float | None], reason: str | None) -> dict[str, Any]:
     return {
         "value": None if reason else float(np.mean(of_seeds)),
-        "std": runs.std_of(of_seeds),
+        "std": std_of(of_seeds),
         "seeds": list(of_seeds),
         "difference": None,
         "reason": reason,
@@ -134,91 +129,38 @@ def _mean(cells: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return _cell(np.mean([cell["seeds"] for cell in cells.values()], axis=0).tolist(), None)
 
 
-def label(variants: Sequence[str], variant: str) -> str:
-    """Returns the name of a row: "hard_augmentation" becomes "+ hard augmentation"."""
-    return ("" if variant == variants[0] else "+ ") + variant.replace("_", " ")
-
-
-def as_markdown(table: dict[str, Any]) -> str:
+def as_markdown(table: Mapping[str, Any]) -> str:
     """Returns one table, a row a category and variant, and beneath it how it was made.
 
-    `table` is that of `tabulate`, with how it was made beside: `image_size`, `command`, and
-    `failures`, a line for each training or evaluation that failed.
+    `table` is that of `tabulate` with three more keys: `image_size`, `command`, and `failures`, a
+    line for each training or evaluation that failed.
     """
-    variants, categories = table["variants"], table["categories"]
-    blocks = [*categories.items()]
-    if len(categories) > 1:
-        blocks.append(("**mean**", table["mean"]))
-    lines = ["# Ablation", "", _line(["category", "variant", *METRICS.values()])]
-    lines.append("|---" * (2 + len(METRICS)) + "|")
-    for name, rows in blocks:
-        for variant, cells in rows.items():
-            lines.append(_line([name, label(variants, variant), *map(_text, cells.values())]))
-    height, width = table["image_size"]
-    steps = "; ".join(f"{name} {_list(found)}" for name, found in table["steps"].items() if found)
-    lines += [
-        "",
-        (
-            f"Mean ± standard deviation over {len(table['seeds'])} seeds ({_list(table['seeds'])})"
-            if len(table["seeds"]) > 1
-            else "One seed: without a spread"
-        )
-        + ", in brackets the difference to the row before. A difference that is not larger than "
-        "the spreads says nothing about the part.",
-        "",
-        f"- Steps of training: {steps or 'none'}. Images: {height}x{width}.",
-        f"- Command: `{table['command']}`",
-    ]
-    for metric, of in table["mean_of"].items():
-        if len(categories) > 1 and 0 < len(of) < len(categories):
-            lines.append(f"- **mean** of {METRICS[metric]}: over {', '.join(of)} alone.")
-    notes = _notes(blocks, variants)
-    if notes:
-        lines += ["", "Not available:", "", *notes]
-    if table["failures"]:
-        lines += ["", "Failed (a value above is then of an earlier command):", ""]
-        lines += [f"- {failure}" for failure in table["failures"]]
-    return "\n".join([*lines, ""])
+    # "hard_augmentation" becomes "+ hard augmentation".
+    names = enumerate(table["variants"])
+    labels = {name: ("+ " if index else "") + name.replace("_", " ") for index, name in names}
+    blocks = dict(table["categories"])
+    if len(blocks) > 1:
+        blocks["**mean**"] = table["mean"]
+    notes = [note for name, rows in blocks.items() for note in _notes(name, rows, labels)]
+    context = {"columns": METRICS, "labels": labels, "blocks": blocks, "notes": notes}
+    return render("ablation.md.jinja", **table, **context).rstrip() + "\n"
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _list(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
-def _text(cell: dict[str, Any]) -> str:
-    if cell["value"] is None:
-        return "-"
-    spread = "" if cell["std"] is None else f" ± {cell['std']:.4f}"
-    difference = "" if cell["difference"] is None else f" ({cell['difference']:+.4f})"
-    return f"{cell['value']:.4f}{spread}{difference}"
-
-
-def _notes(blocks: Sequence[tuple[str, dict[str, dict]]], variants: Sequence[str]) -> list[str]:
-    """Returns a line for each reason, with the metrics and variants that it holds for."""
-    found: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for block, rows in blocks:
-        for variant, cells in rows.items():
-            for metric, cell in cells.items():
-                if cell["reason"]:
-                    of_variant = found.setdefault((block, cell["reason"]), {})
-                    of_variant.setdefault(variant, []).append(METRICS[metric])
+def _notes(block: str, rows: Mapping[str, dict], labels: Mapping[str, str]) -> list[str]:
+    """Returns a line for each reason of a block, with its metrics and variants."""
+    labels_of: dict[tuple[str, str], list[str]] = {}
+    for variant, cells in rows.items():
+        for reason in dict.fromkeys(cell["reason"] for cell in cells.values() if cell["reason"]):
+            names = [METRICS[m] for m, cell in cells.items() if cell["reason"] == reason]
+            labels_of.setdefault((", ".join(names), reason), []).append(labels[variant])
     lines = []
-    for (block, reason), of_variant in found.items():
-        groups: dict[str, list[str]] = {}
-        for variant, names in of_variant.items():
-            groups.setdefault(", ".join(names), []).append(label(variants, variant))
-        for names, labels in groups.items():
-            who = "" if len(labels) == len(variants) else f" ({'; '.join(labels)})"
-            lines.append(f"- {block}{who}: {names}: {reason}")
+    for (names, reason), of_reason in labels_of.items():
+        who = "" if len(of_reason) == len(labels) else f" ({'; '.join(of_reason)})"
+        lines.append(f"{block}{who}: {names}: {reason}")
     return lines
 
 
-def write(table: dict[str, Any], workdir: str | Path) -> None:
-    """Writes ablation.json and ablation.md, each whole or not at all."""
-    text = json.dumps(table, indent=2, allow_nan=False) + "\n"
-    files.write_text(Path(workdir) / "ablation.json", text)
-    files.write_text(Path(workdir) / "ablation.md", as_markdown(table))
+def write(table: Mapping[str, Any], workdir: str | Path) -> None:
+    """Writes ablation.json and ablation.md of a table of `as_markdown`."""
+    write_json(Path(workdir) / "ablation.json", table)
+    write_text(Path(workdir) / "ablation.md", as_markdown(table))

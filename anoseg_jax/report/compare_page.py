@@ -5,7 +5,7 @@ of every image, and the images in which the two runs differ most.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from anoseg_jax.evaluation.evaluate import to_display_scale
-from anoseg_jax.evaluation.results import read_results
+from anoseg_jax.evaluation.results import read_images, read_results, seed_folder
 from anoseg_jax.report import compare, pages, panels, plots
+from anoseg_jax.report.verdicts import Card, make_cards
 from anoseg_jax.running.files import write_text
 
 SHOWN = 6  # images per category and kind of disagreement
@@ -23,51 +24,50 @@ MAX_SHOWN = 240  # images per page: about 12 MB
 
 
 class RunCategory(NamedTuple):
-    """Results of one run in one category.
+    """The files of a run in one category.
 
     Attributes:
       results: of results.json.
-      rows: of images.csv by name, with their `index` in the arrays.
+      cards: of all images by name; their verdicts are at the run's best threshold.
       arrays: of evaluation.npz; None with the reason in `missing`.
     """
 
     results: dict[str, Any]
-    rows: dict[str, dict[str, Any]]
+    cards: dict[str, Card]
     arrays: dict[str, np.ndarray] | None
     missing: str
 
 
-class Image(NamedTuple):
-    """A test image in two runs; pairs are in the order (baseline, other run).
+class Pair(NamedTuple):
+    """A test image in two runs, in the order (baseline, other run).
 
     Attributes:
-      name: its path inside the category.
-      defect_type: "good" for good parts.
-      label: 1 for a defective image.
-      scores: image-level scores, each on the scale of its run.
+      cards: the image's card of each run.
       ranks: of the scores among all images that both runs have, from 0 (lowest) to 1.
-      ious: at each run's best threshold; None where there is none.
-      right: whether each run's best threshold gives the right verdict; None without a threshold.
     """
 
-    name: str
-    defect_type: str
-    label: int
-    scores: tuple[float, float]
+    cards: tuple[Card, Card]
     ranks: tuple[float, float]
-    ious: tuple[float | None, float | None]
-    right: tuple[bool | None, bool | None]
+
+    @property
+    def ious(self) -> tuple[float | None, float | None]:
+        """The IoU at each run's best threshold."""
+        return self.cards[0].iou, self.cards[1].iou
+
+    @property
+    def right(self) -> tuple[bool | None, ...]:
+        """Whether the verdict of each run is right; None without a verdict."""
+        is_right = {"found": True, "passed": True, "missed": False, "false_alarm": False}
+        return tuple(is_right.get(card.verdict) for card in self.cards)
 
 
-def read_category(folder: Path, category: str) -> RunCategory:
+def read_category(workdir: Path, category: str) -> RunCategory:
     """Reads the files of a category in the workdir of a run or of one of its seeds."""
-    results = read_results(folder)["categories"][category]
-    rows, no_rows = pages.read_optional(folder / category / "images.csv", pages.parse_images)
-    arrays, missing = pages.read_optional(folder / category / "evaluation.npz", pages.parse_arrays)
-    if arrays is not None and len(arrays["map"]) != len(rows or []):
-        arrays, missing = None, "evaluation.npz and images.csv are of different evaluations."
-    by_name = {row["name"]: row | {"index": index} for index, row in enumerate(rows or [])}
-    return RunCategory(results, by_name, arrays, no_rows or missing)
+    results = read_results(workdir)["categories"][category]
+    rows, arrays, missing = read_images(workdir / category)
+    cards = make_cards(rows or [], results["image_f1_max_threshold"])
+    cards.sort(key=lambda card: card.index)
+    return RunCategory(results, {card.name: card for card in cards}, arrays, missing)
 
 
 def ranks_of(scores: Sequence[float]) -> np.ndarray:
@@ -75,166 +75,121 @@ def ranks_of(scores: Sequence[float]) -> np.ndarray:
     return (stats.rankdata(scores) - 1) / max(len(scores) - 1, 1)
 
 
-def match(baseline: RunCategory, other: RunCategory) -> list[Image]:
+def match(baseline: RunCategory, other: RunCategory) -> list[Pair]:
     """Returns the images that both runs have, in the order of the baseline."""
-    both = [name for name in baseline.rows if name in other.rows]
-    rows = [(baseline.rows[name], other.rows[name]) for name in both]
-    ranks = [ranks_of([pair[run]["score"] for pair in rows]) for run in (0, 1)]
-    thresholds = [run.results.get("image_f1_max_threshold") for run in (baseline, other)]
-    images = []
-    for name, pair, *of_runs in zip(both, rows, *ranks, strict=True):
-        label = pair[0]["label"]
-        scores = tuple(row["score"] for row in pair)
-        right = tuple(
-            None if threshold is None else (score >= threshold) == bool(label)
-            for score, threshold in zip(scores, thresholds, strict=True)
-        )
-        ious = tuple(row["iou"] for row in pair)
-        kind = pair[0]["defect_type"]
-        images.append(Image(name, kind, label, scores, tuple(map(float, of_runs)), ious, right))
-    return images
+    both = [(card, other.cards[n]) for n, card in baseline.cards.items() if n in other.cards]
+    ranks = [ranks_of([cards[run].score for cards in both]).tolist() for run in (0, 1)]
+    return [Pair(cards, tuple(of_runs)) for cards, *of_runs in zip(both, *ranks, strict=True)]
 
 
-def gain_by_score(image: Image) -> float:
+def gain_by_score(pair: Pair) -> float:
     """Returns how much better the other run ranks an image, from -1 to 1."""
-    higher = image.ranks[1] - image.ranks[0]
-    return higher if image.label else -higher
+    higher = pair.ranks[1] - pair.ranks[0]
+    return higher if pair.cards[0].label else -higher
 
 
-def gain_by_map(image: Image) -> float:
+def gain_by_map(pair: Pair) -> float:
     """Returns how much better the other run's map is, from -1 to 1; 0 without both IoUs."""
-    return 0.0 if None in image.ious else image.ious[1] - image.ious[0]
+    return 0.0 if None in pair.ious else pair.ious[1] - pair.ious[0]
 
 
-def farthest(images: Sequence[Image], gain: Any, count: int) -> list[Image]:
+def farthest(pairs: Sequence[Pair], gain: Callable[[Pair], float], count: int) -> list[Pair]:
     """Returns the images with the largest |gain|, largest first; without images of gain 0."""
-    ranked = sorted(images, key=lambda image: (-abs(gain(image)), image.name))
-    return [image for image in ranked[:count] if gain(image)]
+    ranked = sorted(pairs, key=lambda pair: (-abs(gain(pair)), pair.cards[0].name))
+    return [pair for pair in ranked[:count] if gain(pair)]
 
 
-def draw(
-    image: Image, baseline: RunCategory, other: RunCategory, names: tuple[str, str]
-) -> list[panels.Panel]:
+def draw(pair: Pair, runs: Mapping[str, RunCategory]) -> list[panels.Panel]:
     """Draws image and truth, then each run's map and its region at the run's best threshold."""
-    row_of_panels = []
-    for run, name in ((baseline, names[0]), (other, names[1])):
+    drawn: dict[str, Any] = {}
+    for (name, run), card in zip(runs.items(), pair.cards, strict=True):
         if run.arrays is None:
             continue
-        row = run.rows[image.name]
-        index = row["index"]
-        best, scale = run.results.get("iou_threshold"), run.results.get("map_scale")
-        drawn = panels.draw_panels(
-            run.arrays["image"][index],
-            run.arrays["mask"][index] if row["has_mask"] else None,
-            run.arrays["map"][index],
-            panels.level_of(0.5 if best is None else float(to_display_scale(best, scale))),
-            panels.SMALL,
-        )
-        row_of_panels += drawn[:2] if not row_of_panels else []
-        row_of_panels += [panel._replace(caption=f"{name}: {panel.caption}") for panel in drawn[2:]]
-    return row_of_panels
+        best, scale = run.results["iou_threshold"], run.results.get("map_scale")
+        drawn_at = 0.5 if best is None else float(to_display_scale(best, scale))
+        pictures = panels.draw_panels(run.arrays, card, drawn_at, panels.SMALL)
+        image, truth, *of_run = pictures.items()
+        drawn = drawn or dict([image, truth])
+        drawn |= {f"{name}: {caption}": picture for caption, picture in of_run}
+    return panels.as_panels(drawn)
 
 
 def plot_pairs(
     axes: Axes,
-    pairs: Mapping[int, Sequence[tuple[float, float]]],
-    names: tuple[str, str],
-    thresholds: tuple[float | None, float | None],
+    values: Mapping[int, Sequence[tuple[float, float]]],
+    names: Sequence[str],
+    thresholds: Sequence[float | None] = (None, None),
 ) -> None:
     """Plots values of the two runs against each other: {label: (baseline, other)}."""
     for label, name, colour in ((0, "good", plots.BLUE), (1, "defective", plots.ORANGE)):
-        if points := pairs.get(label):
+        if points := values.get(label):
             x, y = zip(*points, strict=True)
             axes.plot(x, y, ".", color=colour, alpha=0.6, label=f"{name}: {len(points)}")
-    for line, threshold in ((axes.axvline, thresholds[0]), (axes.axhline, thresholds[1])):
-        if threshold is not None:
-            line(threshold, color="black", linestyle="--", linewidth=1)
+    plots.mark_threshold(axes.axvline, thresholds[0])
+    plots.mark_threshold(axes.axhline, thresholds[1])
     axes.set(xlabel=plots.shorten(names[0], 40), ylabel=plots.shorten(names[1], 40))
     axes.legend(loc="best")
 
 
-def plot_ious(axes: Axes, pairs: Sequence[tuple[float, float]], names: tuple[str, str]) -> None:
+def plot_ious(axes: Axes, ious: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
     """Plots the IoU of each defective image: above the line the other run is better."""
     axes.axline((0, 0), slope=1, color=plots.GREY, linewidth=1)
-    plot_pairs(axes, {1: pairs}, names, (None, None))
+    plot_pairs(axes, {1: ious}, names)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
 
 
-def draw_plots(
-    images: Sequence[Image], baseline: RunCategory, other: RunCategory, names: tuple[str, str]
-) -> list[dict[str, Any]]:
+def draw_plots(pairs: Sequence[Pair], runs: Mapping[str, RunCategory]) -> list[dict[str, Any]]:
     """Returns the plots of a category: title, svg or None, and why None."""
-    scores = {label: [i.scores for i in images if i.label == label] for label in (0, 1)}
-    ious = [image.ious for image in images if image.label and None not in image.ious]
-    thresholds = tuple(run.results.get("image_f1_max_threshold") for run in (baseline, other))
-    named_plots = [
-        ("Scores of each image", images, lambda axes: plot_pairs(axes, scores, names, thresholds)),
-        ("IoU of each defective image", ious, lambda axes: plot_ious(axes, ious, names)),
-    ]
-    return [
-        {
-            "title": title,
-            "svg": plots.draw_plot(plot) if has_data else None,
-            "missing": "no image has it in both runs",
-        }
-        for title, has_data, plot in named_plots
-    ]
+    names, scores = list(runs), {0: [], 1: []}
+    for baseline, other in (pair.cards for pair in pairs):
+        scores[baseline.label].append((baseline.score, other.score))
+    ious = [pair.ious for pair in pairs if pair.cards[0].label and None not in pair.ious]
+    thresholds = [run.results["image_f1_max_threshold"] for run in runs.values()]
+    named = {
+        "Scores of each image": (
+            pairs,
+            lambda axes: plot_pairs(axes, scores, names, thresholds),
+        ),
+        "IoU of each defective image": (ious, lambda axes: plot_ious(axes, ious, names)),
+    }
+    missing = "no image has it in both runs"
+    return [plots.titled(title, *plot, missing) for title, plot in named.items()]
 
 
-def count_right(images: Sequence[Image]) -> dict[str, int] | None:
+def count_right(pairs: Sequence[Pair]) -> dict[str, int] | None:
     """Counts images where both, one or none of the runs is right; None without verdicts."""
-    if not images or None in images[0].right:
+    counts = Counter(pair.right for pair in pairs)
+    if not pairs or any(None in right for right in counts):
         return None
-    counts = Counter(image.right for image in images)
     keys = {"both": (True, True), "baseline": (True, False), "other": (False, True)}
     return {name: counts[key] for name, key in (keys | {"none": (False, False)}).items()}
 
 
-def category_section(
-    category: str, folders: tuple[Path, Path], names: tuple[str, str], count: int
-) -> dict[str, Any]:
-    """Returns what the page shows of a category: plots, counts and cards."""
-    baseline, other = (read_category(folder, category) for folder in folders)
-    images = match(baseline, other)
-    alone = [len(run.rows) - len(images) for run in (baseline, other)]
-    scores = np.array([image.scores for image in images]).reshape(-1, 2)
-    varied = len(images) > 1 and np.all(np.ptp(scores, axis=0) > 0)
-    cards = {}
-    for kind, gain in (("score", gain_by_score), ("map", gain_by_map)):
-        cards[kind] = [
-            {"image": image, "gain": gain(image), "panels": draw(image, baseline, other, names)}
-            for image in farthest(images, gain, count)
-        ]
+def category_section(category: str, folders: Mapping[str, Path], count: int) -> dict[str, Any]:
+    """Returns what the page shows of a category: plots, counts and cards.
+
+    `folders` has the workdirs of the baseline and of the other run by name.
+    """
+    runs = {name: read_category(folder, category) for name, folder in folders.items()}
+    pairs = match(*runs.values())
+    scores = np.array([[card.score for card in pair.cards] for pair in pairs]).reshape(-1, 2)
+    varied = len(pairs) > 1 and np.all(np.ptp(scores, axis=0) > 0)
     return {
         "name": category,
-        "images": len(images),
-        "alone": alone,
-        "missing": {run: s.missing for run, s in zip(names, (baseline, other), strict=True)},
-        "plots": draw_plots(images, baseline, other, names),
+        "images": len(pairs),
+        "alone": [len(run.cards) - len(pairs) for run in runs.values()],
+        "missing": {name: run.missing for name, run in runs.items()},
+        "plots": draw_plots(pairs, runs),
         "rank_correlation": float(stats.spearmanr(*scores.T)[0]) if varied else None,
-        "right": count_right(images),
-        "cards": cards,
+        "right": count_right(pairs),
+        "cards": {
+            kind: [
+                {"pair": pair, "gain": gain(pair), "panels": draw(pair, runs)}
+                for pair in farthest(pairs, gain, count)
+            ]
+            for kind, gain in (("score", gain_by_score), ("map", gain_by_map))
+        },
     }
-
-
-def difference_rows(
-    comparison: Mapping[str, Any], baseline: str, name: str, notes: pages.Notes
-) -> list[dict[str, Any]]:
-    """Returns the table of one run against the baseline: a row per category, then the mean."""
-    rows = comparison["categories"]
-    if len(rows) > 1:
-        rows = rows | {"Mean": comparison["mean"]}
-    table = []
-    for label, row in rows.items():
-        cells = []
-        for metric in comparison["metrics"]:
-            values = [row["values"][run][metric] for run in (baseline, name)]
-            difference = row["differences"][name][metric]
-            reasons = [entry["reason"] for entry in (*values, difference) if entry["reason"]]
-            note = notes.number(f"{label}: {reasons[0]}") if reasons else None
-            cells.append({"values": values, "note": note, **difference})
-        table.append({"name": label, "cells": cells})
-    return table
 
 
 def page(comparison: Mapping[str, Any]) -> str:
@@ -242,22 +197,19 @@ def page(comparison: Mapping[str, Any]) -> str:
     runs, baseline = comparison["runs"], comparison["baseline"]
     others = [name for name in runs if name != baseline]
     count = MAX_SHOWN // (2 * len(others) * len(comparison["categories"]))
-
-    def folder_of(name: str) -> Path:
-        seeds = runs[name]["seeds"]
-        return Path(runs[name]["workdir"]) / (f"seed_{seeds[0]}" if seeds else "")
-
-    notes = pages.Notes()
+    seeds = {name: run["seeds"][0] for name, run in runs.items() if run["seeds"]}
+    folders = {n: seed_folder(run["workdir"], seeds.get(n, "")) for n, run in runs.items()}
+    blocks = dict(comparison["categories"])
+    if len(blocks) > 1:
+        blocks["Mean"] = comparison["mean"]
     pairs = [
         {
             "names": (baseline, name),
-            "rows": difference_rows(comparison, baseline, name, notes),
-            "seeds": {run: runs[run]["seeds"][0] for run in (baseline, name) if runs[run]["seeds"]},
+            "seeds": {run: seeds[run] for run in (baseline, name) if run in seeds},
             "categories": [
                 category_section(
                     category,
-                    (folder_of(baseline), folder_of(name)),
-                    (baseline, name),
+                    {run: folders[run] for run in (baseline, name)},
                     max(1, min(SHOWN, count)),
                 )
                 for category in comparison["categories"]
@@ -269,8 +221,9 @@ def page(comparison: Mapping[str, Any]) -> str:
         "compare_page.html.jinja",
         comparison=comparison,
         pairs=pairs,
-        notes=notes,
-        interval_notes=[line.removeprefix("- ") for line in compare.interval_notes(comparison)],
+        blocks=blocks,
+        notes=pages.Notes(),
+        interval_notes=compare.interval_notes(comparison),
     )
 
 

@@ -1,77 +1,50 @@
 """PNG files of the best, worst, missed and falsely detected test images of a category."""
 
 import io
-from typing import Any
 
 import numpy as np
 from etils.epath import Path
 from PIL import Image, ImageDraw
 
-from anoseg_jax.evaluation.evaluate import Evaluation, to_display_scale
-from anoseg_jax.report.panels import COLOURS, PREDICTION, TRUTH, outline
+from anoseg_jax.evaluation.evaluate import to_display_scale
+from anoseg_jax.evaluation.results import Evaluation
+from anoseg_jax.report.panels import draw_panels
+from anoseg_jax.report.verdicts import Card, choose_thresholds, make_cards, measure_again
 
 PANEL = 256  # pixels: the height that each panel is drawn at
 
 
-def draw_picture(
-    image: np.ndarray, mask: np.ndarray | None, image_map: np.ndarray, threshold: float, title: str
-) -> Image.Image:
-    """Draws image, truth, anomaly map and the region at or above the threshold, side by side.
-
-    Args:
-      image: uint8 [h, w, 3].
-      mask: bool [h, w], or None where the truth is not known.
-      image_map: float [h, w] in [0, 1]; every picture has the same colours for the same values.
-      threshold: of `image_map`.
-      title: a line of text on top.
-    """
-    h, w = image_map.shape
-    size = (max(1, round(PANEL * w / h)), PANEL)
-    photo = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
-    heat = Image.fromarray((255 * COLOURS(image_map)[..., :3]).astype(np.uint8))
-    panels = {
-        "image": photo,
-        "truth" if mask is not None else "truth: not known": (
-            outline(photo, mask, TRUTH) if mask is not None else photo
-        ),
-        "anomaly map, 0 to 1": heat.resize(size, Image.Resampling.BILINEAR),
-        f"found at {threshold:.3f}": outline(photo, image_map >= threshold, PREDICTION),
-    }
+def draw_sheet(panels: dict[str, Image.Image], title: str) -> Image.Image:
+    """Returns panels of equal size side by side, each below its caption, and a title on top."""
     gap, top = 8, 40
-    sheet = Image.new("RGB", (4 * (size[0] + gap) + gap, top + PANEL + gap), "white")
+    width = gap + sum(panel.width + gap for panel in panels.values())
+    sheet = Image.new("RGB", (width, top + PANEL + gap), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((gap, 4), title, fill="black", font_size=13)
-    for index, (name, panel) in enumerate(panels.items()):
-        left = gap + index * (size[0] + gap)
-        draw.text((left, 22), name, fill=(90, 90, 90), font_size=12)
+    left = gap
+    for caption, panel in panels.items():
+        draw.text((left, 22), caption, fill=(90, 90, 90), font_size=12)
         sheet.paste(panel, (left, top))
+        left += panel.width + gap
     return sheet
 
 
-def choose(evaluation: Evaluation, count: int) -> dict[str, list[int]]:
-    """Returns which images to show, by kind, as indices; at most `count` of each kind.
+def choose(cards: list[Card], count: int) -> dict[str, list[Card]]:
+    """Returns which images to show, by kind; at most `count` of each kind.
 
-    best and worst: defective images by IoU (by score where there are no masks); missed: defective
-    images whose score is below the threshold of the best image-level F1, the lowest first;
-    false_alarm: good images at or above it, the highest first.
+    best and worst: defective images by IoU (by score where there are no masks); missed and
+    false_alarm: images with this verdict, in the order of `cards`.
     """
-    images = evaluation.images
-    defective = [i for i, row in enumerate(images) if row["label"]]
-    measured = [i for i in defective if images[i]["iou"] is not None]
-    ranked = sorted(measured, key=lambda i: (images[i]["iou"], images[i]["score"]))
-    if not ranked:
-        ranked = sorted(defective, key=lambda i: images[i]["score"])
-    chosen = {"best": ranked[::-1][:count], "worst": ranked[:count]}
-    threshold = evaluation.results["image_f1_max_threshold"]
-    if threshold is not None:
-        by_score = sorted(range(len(images)), key=lambda i: images[i]["score"])
-        chosen["missed"] = [
-            i for i in by_score if images[i]["label"] and images[i]["score"] < threshold
-        ][:count]
-        chosen["false_alarm"] = [
-            i for i in by_score[::-1] if not images[i]["label"] and images[i]["score"] >= threshold
-        ][:count]
-    return chosen
+    defective = [card for card in cards if card.label]
+    ranked = [card for card in defective if card.iou is not None]
+    if ranked:
+        ranked.sort(key=lambda card: (card.iou, card.score, card.index))
+    else:
+        ranked = sorted(defective, key=lambda card: (card.score, card.index))
+    chosen = {"best": ranked[::-1], "worst": ranked}
+    for verdict in ("missed", "false_alarm"):
+        chosen[verdict] = [card for card in cards if card.verdict == verdict]
+    return {kind: of_kind[:count] for kind, of_kind in chosen.items()}
 
 
 def write_pictures(
@@ -89,26 +62,19 @@ def write_pictures(
     temporary = folder.with_name(folder.name + ".tmp")
     temporary.rmtree(missing_ok=True)
     temporary.mkdir(parents=True)
-    threshold = evaluation.results["iou_threshold"]
-    scale = evaluation.results.get("map_scale")
-    threshold = 0.5 if threshold is None else float(to_display_scale(threshold, scale))
-    for kind, indices in choose(evaluation, count).items():
-        for rank, index in enumerate(indices):
-            row = evaluation.images[index]
-            picture = draw_picture(
-                arrays["image"][index],
-                arrays["mask"][index] if row["has_mask"] else None,
-                evaluation.maps[index] / 255,
-                threshold,
-                f"{kind}: {row['name']}   score {row['score']:.3f}   IoU {_number(row['iou'])}",
-            )
-            stem = "_".join(Path(row["name"]).with_suffix("").parts[-2:])
+    results, arrays = evaluation.results, arrays | {"map": evaluation.maps}
+    thresholds = choose_thresholds(results)
+    cards = make_cards(measure_again(evaluation.images, results, arrays), thresholds["image"].value)
+    pixel = thresholds["pixel"].value
+    drawn_at = 0.5 if pixel is None else float(to_display_scale(pixel, results.get("map_scale")))
+    for kind, of_kind in choose(cards, count).items():
+        for rank, card in enumerate(of_kind):
+            iou = "-" if card.iou is None else f"{card.iou:.3f}"
+            title = f"{kind}: {card.name}   score {card.score:.3f}   IoU {iou}"
+            sheet = draw_sheet(draw_panels(arrays, card, drawn_at, PANEL), title)
+            stem = "_".join(Path(card.name).with_suffix("").parts[-2:])
             png = io.BytesIO()
-            picture.save(png, "PNG")
+            sheet.save(png, "PNG")
             (temporary / f"{kind}_{rank:02d}_{stem}.png").write_bytes(png.getvalue())
     folder.rmtree(missing_ok=True)
     temporary.rename(folder)
-
-
-def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:.3f}"

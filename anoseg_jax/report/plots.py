@@ -14,16 +14,16 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from anoseg_jax.evaluation.metrics import GOOD
-from anoseg_jax.report.panels import Card, Threshold
+from anoseg_jax.report.verdicts import Card, Threshold
 
-LOSSES = {
-    "loss_segmentation": "segmentation",
-    "loss_reconstruction": "reconstruction",
-    "loss_adversarial": "adversarial",
-    "loss_discriminator": "discriminator",
-}
 # From the palette of Okabe and Ito, for readers with colour blindness.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#8a9199"
+LOSSES = {
+    "loss_segmentation": ("segmentation", BLUE),
+    "loss_reconstruction": ("reconstruction", GREEN),
+    "loss_adversarial": ("adversarial", ORANGE),
+    "loss_discriminator": ("discriminator", PURPLE),
+}
 PLOT_STYLE = {
     "svg.fonttype": "none",  # text stays text: small, and readable by machines
     "svg.hashsalt": "anoseg_jax",  # equal plots, equal bytes
@@ -58,6 +58,19 @@ def draw_plot(plot: Callable[[Axes], None]) -> str:
     return re.sub(r' (?:width|height)="[^"]*pt"', "", svg, count=2)
 
 
+def titled(
+    title: str, has_data: Any, plot: Callable[[Axes], None], reason: str = ""
+) -> dict[str, Any]:
+    """Returns a plot of a page: title, svg, and `missing`, the reason why svg is None."""
+    return {"title": title, "svg": draw_plot(plot) if has_data else None, "missing": reason}
+
+
+def mark_threshold(line: Callable[..., Any], threshold: float | None, **options: Any) -> None:
+    """Draws a threshold with `axes.axvline` or `axes.axhline`; None is not drawn."""
+    if threshold is not None:
+        line(threshold, color="black", linestyle="--", linewidth=1, **options)
+
+
 def plot_rates(
     axes: Axes, curves: Mapping[str, tuple[Any, Any, str]], x_name: str, y_name: str
 ) -> None:
@@ -83,8 +96,7 @@ def plot_pro(axes: Axes, curve: Mapping[str, list[float]], area: float | None) -
 def plot_iou(axes: Axes, curve: Mapping[str, list[float]], threshold: float | None) -> None:
     """Plots the IoU against the threshold, and the threshold of this page."""
     axes.plot(curve["threshold"], curve["iou"], color=BLUE, label="IoU")
-    if threshold is not None:
-        axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label="threshold")
+    mark_threshold(axes.axvline, threshold, label="threshold")
     axes.set(xlabel="threshold of the anomaly map", ylabel="IoU of all pixels")
     axes.set_ylim(bottom=0)
     axes.legend(loc="best")
@@ -107,8 +119,7 @@ def plot_histogram(axes: Axes, cards: Sequence[Card], threshold: float | None) -
                 alpha=0.55,
                 label=f"{name}: {len(values)}",
             )
-    if threshold is not None:
-        axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label="threshold")
+    mark_threshold(axes.axvline, threshold, label="threshold")
     axes.set(xlabel="score of the image", ylabel="% of the images of its kind")
     axes.legend(loc="best")
 
@@ -122,26 +133,33 @@ def plot_types(axes: Axes, cards: Sequence[Card], threshold: float | None) -> No
         heights = row + 0.3 * np.sin(2.4 * np.arange(len(scores)))
         colour = BLUE if defect_type == GOOD else ORANGE
         axes.plot(scores, heights, ".", color=colour, alpha=0.6, markersize=4)
-    if threshold is not None:
-        axes.axvline(threshold, color="black", linestyle="--", linewidth=1)
+    mark_threshold(axes.axvline, threshold)
     axes.set_yticks(range(len(types)), [shorten(name) for name in types])
     axes.set(xlabel="score of the image", ylim=(len(types) - 0.4, -0.6))
     axes.grid(axis="y", visible=False)
 
 
-def plot_losses(axes: Axes, log: Sequence[Mapping[str, Any]]) -> None:
-    """Plots every loss of the log."""
-    for (name, label), colour in zip(LOSSES.items(), (BLUE, GREEN, ORANGE, PURPLE), strict=True):
+def plot_log(
+    axes: Axes, log: Sequence[Mapping[str, Any]], curves: Mapping[str, tuple[str | None, str]]
+) -> None:
+    """Plots values of the log against the step: {name of the value: (label, colour)}."""
+    for name, (label, colour) in curves.items():
         points = [(line["step"], line[name]) for line in log if line.get(name) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=_marker(points))
+            marker = "o" if len(points) < 3 else None  # a single point has no line
+            axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=marker)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def plot_losses(axes: Axes, log: Sequence[Mapping[str, Any]]) -> None:
+    """Plots every loss of the log."""
+    plot_log(axes, log, LOSSES)
     values = [line[name] for line in log for name in LOSSES if line.get(name) is not None]
     if values and min(values) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set(xlabel="step", ylabel="loss")
     if values:
         axes.legend(loc="best")
@@ -149,10 +167,7 @@ def plot_losses(axes: Axes, log: Sequence[Mapping[str, Any]]) -> None:
 
 def plot_learning_rate(axes: Axes, log: Sequence[Mapping[str, Any]]) -> None:
     """Plots the learning rate of the generator."""
-    points = [(line["step"], line["learning_rate"]) for line in log if "learning_rate" in line]
-    if points:
-        axes.plot(*zip(*points, strict=True), color=BLUE, marker=_marker(points))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    plot_log(axes, log, {"learning_rate": (None, BLUE)})
     axes.ticklabel_format(axis="y", scilimits=(-2, 3))
     axes.set(xlabel="step", ylabel="learning rate")
     axes.set_ylim(bottom=0)
@@ -173,69 +188,49 @@ def draw_curves(
     labels = np.array([card.label for card in cards], int)
     scores = np.array([card.score for card in cards], float)
     image_curves = len(set(labels)) == 2 and bool(np.isfinite(scores).all())
-    missing = results.get("not_available", {})
+    missing = results["not_available"]
     roc, pr = {}, {}
     if "roc" in curves and "pr" in curves:
         x, y = curves["roc"]["false_positive_rate"], curves["roc"]["true_positive_rate"]
-        roc["pixels"] = (x, y, _label("pixels: AUROC", results.get("pixel_auroc")))
+        roc["pixels"] = (x, y, _label("pixels: AUROC", results["pixel_auroc"]))
         x, y = curves["pr"]["recall"], curves["pr"]["precision"]
-        pr["pixels"] = (x, y, _label("pixels: AP", results.get("pixel_ap")))
+        pr["pixels"] = (x, y, _label("pixels: AP", results["pixel_ap"]))
     if image_curves:
         x, y, _ = roc_curve(labels, scores)
-        roc["images"] = (x, y, _label("images: AUROC", results.get("image_auroc")))
+        roc["images"] = (x, y, _label("images: AUROC", results["image_auroc"]))
         # scikit-learn appends recall 0 and precision 1 by convention: no image is there.
         y, x, _ = precision_recall_curve(labels, scores)
-        pr["images"] = (x[:-1], y[:-1], _label("images: AP", results.get("image_ap")))
+        pr["images"] = (x[:-1], y[:-1], _label("images: AP", results["image_ap"]))
     pixel, image = thresholds["pixel"].value, thresholds["image"].value
     no_pixels = missing.get("pixel_auroc", "curves.json is not there")
-    no_images = "there are no scores" if not cards else ""
+    no_images = "no score is finite" if cards else "there are no scores"
     rates = ("false-positive rate", "true-positive rate")
-    plots = [
-        ("ROC", roc, lambda axes: plot_rates(axes, roc, *rates), no_pixels),
-        (
-            "Precision and recall",
-            pr,
-            lambda axes: plot_rates(axes, pr, "recall", "precision"),
-            no_pixels,
+    finite = np.isfinite(scores).any()
+    pro, iou = curves.get("pro"), curves.get("iou")
+    plots = {
+        "ROC": (roc, lambda axes: plot_rates(axes, roc, *rates)),
+        "Precision and recall": (pr, lambda axes: plot_rates(axes, pr, "recall", "precision")),
+        "PRO: share found of each defect region": (
+            pro,
+            lambda axes: plot_pro(axes, pro, results["au_pro"]),
         ),
-        (
-            "PRO: share found of each defect region",
-            "pro" in curves,
-            lambda axes: plot_pro(axes, curves["pro"], results.get("au_pro")),
-            no_pixels,
-        ),
-        (
-            "IoU at every threshold",
-            "iou" in curves,
-            lambda axes: plot_iou(axes, curves["iou"], pixel),
-            no_pixels,
-        ),
-        (
-            "Scores of good and defective images",
-            np.isfinite(scores).any(),
-            lambda axes: plot_histogram(axes, cards, image),
-            no_images or "no score is finite",
-        ),
-        (
-            "Scores by defect type",
-            np.isfinite(scores).any(),
-            lambda axes: plot_types(axes, cards, image),
-            no_images or "no score is finite",
-        ),
-    ]
-    return [
-        {"title": title, "svg": draw_plot(plot) if has_data else None, "missing": reason}
-        for title, has_data, plot, reason in plots
+        "IoU at every threshold": (iou, lambda axes: plot_iou(axes, iou, pixel)),
+    }
+    of_images = {
+        "Scores of good and defective images": lambda axes: plot_histogram(axes, cards, image),
+        "Scores by defect type": lambda axes: plot_types(axes, cards, image),
+    }
+    return [titled(name, *plot, no_pixels) for name, plot in plots.items()] + [
+        titled(name, finite, plot, no_images) for name, plot in of_images.items()
     ]
 
 
 def draw_training(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the plots of a training log: title and svg."""
-    plots = {
-        "Losses": lambda axes: plot_losses(axes, log),
-        "Learning rate": lambda axes: plot_learning_rate(axes, log),
-    }
-    return [{"title": title, "svg": draw_plot(plot)} for title, plot in plots.items()]
+    return [
+        titled("Losses", log, lambda axes: plot_losses(axes, log)),
+        titled("Learning rate", log, lambda axes: plot_learning_rate(axes, log)),
+    ]
 
 
 def shorten(name: str, length: int = 24) -> str:
@@ -245,7 +240,3 @@ def shorten(name: str, length: int = 24) -> str:
 
 def _label(name: str, value: float | None) -> str:
     return name if value is None else f"{name} {value:.4f}"
-
-
-def _marker(points: Sequence) -> str | None:
-    return "o" if len(points) < 3 else None  # a single point has no line

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from anoseg_jax.evaluation import evaluate
+from anoseg_jax.evaluation.metrics import METRICS
 from anoseg_jax.evaluation.results import write_evaluation, write_results
 from anoseg_jax.method import predict, thresholds
 from anoseg_jax.report import pictures
@@ -95,13 +96,13 @@ def test_good_images_alone_have_no_auroc(small_batch):
     good = {key: values[:2] for key, values in small_batch.items()}
     results = evaluate.evaluate(FixedPredictor(), [good]).results
     assert results["image_auroc"] is None and results["iou"] is None
-    assert set(evaluate.METRICS) <= set(results["not_available"])
+    assert set(METRICS) <= set(results["not_available"])
 
 
 def test_no_test_images_at_all_are_null_with_a_reason():
     results = evaluate.evaluate(FixedPredictor(), []).results
-    assert all(results[metric] is None for metric in evaluate.METRICS)
-    assert set(evaluate.METRICS) <= set(results["not_available"])
+    assert all(results[metric] is None for metric in METRICS)
+    assert set(METRICS) <= set(results["not_available"])
 
 
 def test_result_files_hold_all_categories_and_their_mean(small_batch, tmp_path):
@@ -153,8 +154,6 @@ def test_pictures_show_best_worst_missed_and_false_alarms(tmp_path):
     )
     evaluation = evaluate.evaluate(FixedPredictor(), [images])
     assert evaluation.results["image_f1_max_threshold"] == pytest.approx(220 / 255)
-    chosen = pictures.choose(evaluation, 1)
-    assert chosen == {"best": [3], "worst": [6], "missed": [6], "false_alarm": [2]}
     for _ in range(2):  # the second time replaces the first
         pictures.write_pictures(tmp_path / "pictures", evaluation, images, 1)
     names = sorted(path.name for path in (tmp_path / "pictures").iterdir())

@@ -202,10 +202,9 @@ def test_order_and_batches_do_not_change_the_result(maps, masks, order, batch):
 
 
 @pytest.mark.parametrize("kind", ["smooth", "tied", "saturated"])
-def test_accumulator_equals_arrays_with_many_merges(kind, monkeypatch):
-    monkeypatch.setattr(metrics, "_MAX_PENDING", 1000)
+def test_accumulator_equals_arrays_with_many_merges(kind):
     maps, masks, types = example(kind=kind)
-    accumulator = accumulate(maps, masks, types, batch=1, thresholds=[0.5])
+    accumulator = accumulate(maps, masks, types, batch=1, thresholds=[0.5], max_pending=1000)
     accumulator.result()  # more can be added after a result
     accumulator.add(maps[:3], masks[:3], types[:3])
     expected = metrics.segmentation_metrics(
@@ -228,22 +227,15 @@ def test_error_bounds_hold_when_there_are_too_many_scores(maps, masks, max_score
         assert abs(result[name] - exact[name]) <= result["error_bounds"][name] + 1e-12
 
 
-def test_dropped_bits_are_reported_and_cost_little(monkeypatch):
-    monkeypatch.setattr(metrics, "_MAX_PENDING", 3000)
+def test_dropped_bits_are_reported_and_cost_little():
     maps, masks, types = example(n=60, size=(64, 64))
     exact = metrics.segmentation_metrics(maps, masks, defect_types=types, thresholds=[0.5])
-    accumulator = accumulate(maps, masks, types, max_scores=60_000, thresholds=[0.5])
-    result = accumulator.result()
+    result = accumulate(
+        maps, masks, types, max_scores=60_000, max_pending=3000, thresholds=[0.5]
+    ).result()
     assert exact["exact"] and not result["exact"] and 0 < result["score_bits_dropped"] < 15
-    assert accumulator._entries() <= 60_000
     assert set(exact["error_bounds"].values()) == {0.0}
     for name in NUMBERS:
-        print(
-            name,
-            result["error_bounds"][name],
-            result[name] - exact[name],
-            result["score_bits_dropped"],
-        )
         assert 0 < result["error_bounds"][name] < 1e-3
         assert abs(result[name] - exact[name]) <= result["error_bounds"][name]
     # Counted map by map, before any bit is dropped.
@@ -253,13 +245,12 @@ def test_dropped_bits_are_reported_and_cost_little(monkeypatch):
     assert result["iou"] == pytest.approx((hit & masks).sum() / (hit | masks).sum(), abs=1e-12)
 
 
-def test_memory_does_not_grow_with_the_number_of_images(monkeypatch):
-    monkeypatch.setattr(metrics, "_MAX_PENDING", 2**13)
+def test_memory_does_not_grow_with_the_number_of_images():
     maps, masks, _ = example(n=8, size=(32, 32))
     rng = np.random.default_rng(0)
 
     def peak(batches):
-        accumulator = metrics.SegmentationAccumulator(max_scores=2**13)
+        accumulator = metrics.SegmentationAccumulator(max_scores=2**13, max_pending=2**13)
         tracemalloc.start()
         for _ in range(batches):
             accumulator.add(maps + rng.normal(size=maps.shape), masks)
@@ -375,7 +366,7 @@ def test_unavailable_metrics_are_none_with_a_reason(maps, masks, reason):
         assert reason in result["not_available"][name]
     assert result["curves"] == {}
     (at,) = result["at_threshold"]
-    for name in metrics.AT_THRESHOLD_METRICS:
+    for name in at.keys() - {"threshold", "not_available"}:
         assert (at[name] is None) == (name in at["not_available"])
 
 
@@ -430,11 +421,10 @@ def test_non_finite_maps_affect_their_own_defect_type_only():
 @pytest.mark.parametrize(
     ("maps", "masks", "types", "message"),
     [
-        (RAMP, ONES[:1], None, "2 maps, 1 defect masks"),
-        (RAMP, ONES, ["cut"], "1 defect types"),
+        (RAMP, ONES[:1], None, "argument 2 is shorter"),
+        (RAMP, ONES, ["cut"], "argument 3 is shorter"),
         (RAMP, ONES[:, :3], None, r"Map 0 has the shape \(4, 4\), its mask \(3, 4\)"),
-        (RAMP[..., None], ONES[..., None], None, r"\(4, 4, 1\), expected \[h, w\]"),
-        (RAMP, ONES.astype(np.float32), None, "Defect mask 0 is float32"),
+        (RAMP[..., None], ONES[..., None], None, r"Map 0 has the shape \(4, 4, 1\)"),
     ],
 )
 def test_wrong_shapes_are_refused_before_anything_is_added(maps, masks, types, message):
@@ -442,11 +432,6 @@ def test_wrong_shapes_are_refused_before_anything_is_added(maps, masks, types, m
     with pytest.raises(ValueError, match=message):
         accumulator.add(maps, masks, types)
     assert accumulator.result()["images"] == 0
-
-
-def test_max_scores_below_one_is_refused():
-    with pytest.raises(ValueError, match="max_scores must be None or at least 1, got 0"):
-        metrics.SegmentationAccumulator(max_scores=0)
 
 
 @settings(deadline=None, derandomize=True)
@@ -496,34 +481,17 @@ def test_threshold_from_good_is_the_lowest_score_within_the_rate(maps, rate):
     below = maps[maps < threshold]
     if below.size:
         assert np.mean(maps >= below.max()) > rate
-    accumulator = accumulate(maps, np.zeros(maps.shape, bool), batch=1)
-    assert accumulator.threshold_from_good(rate) == threshold
-    coarse = accumulate(maps, np.zeros(maps.shape, bool), batch=1, max_scores=4)
-    assert np.mean(maps >= coarse.threshold_from_good(rate)) <= rate
-
-
-def test_threshold_from_good_looks_at_good_images_only():
-    maps, masks, types = example()
-    accumulator = accumulate(maps, masks, types)
-    good = maps[[name == "good" for name in types]]
-    assert accumulator.threshold_from_good(0.1) == thresholds.threshold_from_good(good, 0.1)
 
 
 @pytest.mark.parametrize("scores", [[], [0.1, np.nan], [np.inf]])
 def test_threshold_from_good_is_none_without_finite_scores(scores):
     assert thresholds.threshold_from_good(np.array(scores), 0.1) is None
-    accumulator = metrics.SegmentationAccumulator()
-    accumulator.add(np.array(scores)[None, None], np.zeros((1, 1, len(scores)), bool))
-    assert accumulator.threshold_from_good(0.1) is None
-    assert metrics.SegmentationAccumulator().threshold_from_good(0.1) is None
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan])
 def test_threshold_from_good_refuses_a_rate_outside_0_to_1(rate):
     with pytest.raises(ValueError, match=r"false_positive_rate must be in \[0, 1\]"):
         thresholds.threshold_from_good(np.ones(3), rate)
-    with pytest.raises(ValueError, match=r"false_positive_rate must be in \[0, 1\]"):
-        metrics.SegmentationAccumulator().threshold_from_good(rate)
 
 
 def test_image_metrics_worked_by_hand():

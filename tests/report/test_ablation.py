@@ -3,9 +3,7 @@
 import json
 
 import pytest
-import tiny_config
 
-from anoseg_jax import experiment
 from anoseg_jax.evaluation import evaluate
 from anoseg_jax.evaluation.results import mean_of
 from anoseg_jax.report import ablation
@@ -95,43 +93,3 @@ def test_what_is_not_finished_has_neither_value_nor_mean_nor_difference(two_vari
     text = as_markdown(table)
     assert "- tile (+ more parts): pixel AUROC, IoU, image AUROC, pixel AP, AU-PRO: seed 1" in text
     assert "- screw (+ more parts; + last): " in text
-
-
-def test_variants_are_run_in_order_and_again_in_the_same_way(tmp_path, monkeypatch):
-    """The same folders with the same options: what is finished there is not trained again."""
-    calls, tables = [], []
-
-    def run_category(config, folder, splits, *, training):
-        folder.mkdir(parents=True, exist_ok=True)
-        calls.append((str(folder.relative_to(tmp_path)), config.to_json()))
-        tables.append((tmp_path / "ablation.md").exists())
-        if folder.name == "tile" and config.seed == 2 and not config.model.coords:
-            raise FileNotFoundError("no checkpoint")
-        return results_of(0.1 * config.seed + 0.5 * config.model.coords, config.num_steps)
-
-    monkeypatch.setattr(experiment, "run_category", run_category)
-    monkeypatch.setattr(experiment.pages, "write_run", lambda workdir: None)
-    config = tiny_config.get_config()
-    config.seeds = (1, 2)
-    config.variants.without = {"model": {"coords": False}}
-    config.variants.coordinates = {"model": {"coords": True}}
-    run = experiment.run
-    splits = {"screw": (None, None), "tile": (None, None)}
-    failures = run(config.lock(), tmp_path, splits, training=True, command="again")
-    assert failures == ["without: seed 2: tile: no checkpoint"]
-    assert [folder for folder, _ in calls] == [
-        f"{variant}/seed_{seed}/{category}"
-        for variant in ("without", "coordinates")
-        for seed in (1, 2)
-        for category in ("screw", "tile")
-    ]
-    assert tables == [False] * 4 + [True] * 4
-    table = json.loads((tmp_path / "ablation.json").read_text())
-    assert table["variants"] == ["without", "coordinates"] and table["command"] == "again"
-    difference = table["categories"]["screw"]["coordinates"]["iou"]["difference"]
-    assert difference == pytest.approx(0.5)
-    assert table["steps"] == {"screw": [6], "tile": [6]}
-    assert "- without: seed 2: tile: no checkpoint" in (tmp_path / "ablation.md").read_text()
-    before = list(calls)
-    run(config, tmp_path, splits, training=True, command="again")
-    assert calls[8:] == before

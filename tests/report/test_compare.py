@@ -9,10 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anoseg_jax.evaluation import evaluate, metrics, pixel_tables
-from anoseg_jax.evaluation.results import as_markdown, mean_of, write_evaluation, write_results
-from anoseg_jax.report import compare, intervals
-from anoseg_jax.report.runs import histograms, mean_over_seeds
+from anoseg_jax.evaluation import evaluate, intervals, metrics, pixel_tables
+from anoseg_jax.evaluation.intervals import histograms
+from anoseg_jax.evaluation.metrics import METRICS
+from anoseg_jax.evaluation.results import (
+    ResultsError,
+    as_markdown,
+    mean_of,
+    mean_over_seeds,
+    write_evaluation,
+    write_results,
+)
+from anoseg_jax.report import compare
 
 ROOT = Path(__file__).resolve().parents[2]
 PIXEL = ("pixel_auroc", "pixel_ap", "iou", "pixel_f1_max", "au_pro", "au_pro_0.05")
@@ -43,7 +51,7 @@ def results_of(maps, masks, labels, has_mask=None):
     both = image | pixel
     both["not_available"] = image["not_available"] | pixel["not_available"]
     return {
-        **{name: both[name] for name in evaluate.METRICS},
+        **{name: both[name] for name in METRICS},
         "not_available": both["not_available"],
         "params_sha256": "0" * 64,
         "train_seconds": 2.5,
@@ -184,14 +192,14 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 
 def test_a_clearly_better_run_is_marked_and_the_reverse_too(two_runs):
     comparison = compare.compare(two_runs, bootstrap=200)
-    assert comparison["metrics"] == list(evaluate.METRICS) and comparison["baseline"] == "A"
+    assert comparison["metrics"] == list(METRICS) and comparison["baseline"] == "A"
     values = comparison["categories"]["screw"]["values"]
     for metric, difference in comparison["categories"]["screw"]["differences"]["B"].items():
         assert difference["clear"] == "better" or metric == "image_auroc", metric
         assert difference["value"] == values["B"][metric]["value"] - values["A"][metric]["value"]
         assert difference["interval"][0] <= difference["value"] <= difference["interval"][1]
     assert "better**" in compare.as_markdown(comparison)
-    reverse = compare.compare(two_runs, baseline=1, bootstrap=200)["categories"]["screw"]
+    reverse = compare.compare(two_runs[::-1], bootstrap=200)["categories"]["screw"]
     assert reverse["differences"]["A"]["pixel_ap"]["clear"] == "worse"
 
 
@@ -221,10 +229,8 @@ def test_a_run_and_itself_differ_by_exactly_nothing(two_runs):
     assert [*compare.compare([same, same], bootstrap=2)["runs"]] == [f"{same} (1)", f"{same} (2)"]
 
 
-def test_the_same_seed_gives_the_same_comparison(two_runs):
-    first = compare.compare(two_runs, bootstrap=20)
-    assert first == compare.compare(two_runs, bootstrap=20)
-    assert first != compare.compare(two_runs, bootstrap=20, seed=1)
+def test_the_same_files_give_the_same_comparison(two_runs):
+    assert compare.compare(two_runs, bootstrap=20) == compare.compare(two_runs, bootstrap=20)
 
 
 def test_the_mean_is_over_categories_and_its_interval_narrower(tmp_path):
@@ -234,7 +240,7 @@ def test_the_mean_is_over_categories_and_its_interval_narrower(tmp_path):
             write_category(tmp_path / name, category, *scene(noise=noise, seed=index))
         runs.append(tmp_path / name)
     comparison = compare.compare(runs, bootstrap=100)
-    for metric in evaluate.METRICS:
+    for metric in METRICS:
         of = [category["values"]["A"][metric] for category in comparison["categories"].values()]
         mean = comparison["mean"]["values"]["A"][metric]
         assert mean["value"] == pytest.approx(np.mean([value["value"] for value in of]))
@@ -260,7 +266,7 @@ def test_seeds_are_found_and_their_spread_is_given(tmp_path):
     assert comparison["categories"]["screw"]["values"]["B"]["pixel_ap"]["std"] is None
     assert " ± " in compare.as_markdown(comparison)
     (tmp_path / "A" / "seed_2" / "results.json").unlink()
-    with pytest.raises(compare.CompareError, match=r"seed_2 has no results.json"):
+    with pytest.raises(ResultsError, match=r"seed_2 has no results.json"):
         compare.compare([tmp_path / "A", tmp_path / "B"])
 
 
@@ -334,12 +340,12 @@ def test_files_that_do_not_fit_give_no_interval_and_no_exception(two_runs):
     for content in (whole[:100], b""):
         path.write_bytes(content)
         assert "evaluation.npz" in reason()
-    np.savez(path, mask=masks[1:], map=eight_bits(maps))
-    assert "24 lines, 24 maps and 23 masks" in reason()
+    np.savez(path, mask=masks, map=eight_bits(maps[1:]))
+    assert "evaluation.npz has 23 images and images.csv 24" in reason()
     np.savez(path, mask=masks, map=eight_bits(scene(noise=0.4)[0]))
     assert "of another evaluation" in reason()
     path.unlink()
-    assert "there is no" in reason() and "evaluation.npz" in reason()
+    assert "evaluation.npz is not there" in reason()
 
 
 def test_maps_too_low_for_8_bits_give_no_interval(two_runs):
@@ -376,12 +382,9 @@ def test_errors_are_one_line(two_runs, tmp_path):
         ([two_runs[0], tmp_path / "broken"], "broken/results.json cannot be read"),
         ([two_runs[0], tile], "no category in common: A has screw; T has tile"),
     ):
-        with pytest.raises(compare.CompareError, match=message) as error:
+        with pytest.raises(ResultsError, match=message) as error:
             compare.compare(runs)
         assert len(str(error.value).splitlines()) == 1
-    for options in ({"baseline": 2}, {"bootstrap": 0}):
-        with pytest.raises(compare.CompareError, match="must be"):
-            compare.compare(two_runs, **options)
 
 
 # Files.
@@ -426,7 +429,7 @@ def test_what_is_written_is_the_comparison(two_runs, tmp_path):
         "comparison.md",
     ]
     table = (tmp_path / "W" / "comparison.md").read_text()
-    assert table.count("| category | A | B | B - A |") == len(evaluate.METRICS)
+    assert table.count("| category | A | B | B - A |") == len(METRICS)
 
 
 def test_it_needs_no_jax(two_runs):
@@ -445,7 +448,7 @@ def test_it_needs_no_jax(two_runs):
 
 
 def seed_results(iou, *, auroc=0.5, sha="a", **more):
-    category = {name: auroc for name in evaluate.METRICS} | {
+    category = {name: auroc for name in METRICS} | {
         "iou": iou,
         "not_available": {} if iou is not None else {"iou": "broken"},
         "test_images": 160,
@@ -479,7 +482,7 @@ def test_mean_over_seeds_by_hand():
 
 def test_mean_over_seeds_is_results_in_shape():
     combined = mean_over_seeds({seed: seed_results(0.1 * seed) for seed in range(3)})
-    assert mean_of(combined["categories"]) == {m: combined["mean"][m] for m in evaluate.METRICS}
+    assert mean_of(combined["categories"]) == {m: combined["mean"][m] for m in METRICS}
     assert "| screw | 0.5000 ± 0.0000 |" in as_markdown(combined)
     assert "0.1000 ± 0.1000" in as_markdown(combined)
     json.dumps(combined, allow_nan=False)
@@ -489,7 +492,7 @@ def test_baselines_have_mean_and_spread_over_seeds():
     by_seed = {}
     for seed, iou in ((0, 0.2), (1, 0.4)):
         by_seed[seed] = seed_results(0.3)
-        aurocs = dict.fromkeys(evaluate.METRICS, 0.1) | {"iou": iou, "image_auroc": None}
+        aurocs = dict.fromkeys(METRICS, 0.1) | {"iou": iou, "image_auroc": None}
         aurocs["not_available"] = {"image_auroc": "no good images"}
         by_seed[seed]["categories"]["screw"]["baselines"] = {"z_score": aurocs}
     both = mean_over_seeds(by_seed)
@@ -526,5 +529,3 @@ def test_a_category_that_one_seed_lacks_names_the_others():
     assert combined["categories"]["tile"]["seeds"] == [0]
     assert combined["mean"]["iou"] == pytest.approx(0.45)
     assert combined["mean"]["iou_std"] is None  # the seeds' means are over other categories
-    with pytest.raises(compare.CompareError):
-        mean_over_seeds({})

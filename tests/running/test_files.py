@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from anoseg_jax import experiment
+from anoseg_jax.evaluation import results
 from anoseg_jax.images import decode, layout
 from anoseg_jax.report import compare
 from anoseg_jax.running import train_log
@@ -96,8 +97,8 @@ def test_images_are_read_and_results_pages_and_comparisons_written(root):
     for _ in range(2):  # the second time replaces what is there
         assert run(root, root / "run") == []
     folder = root / "run" / "bolt"
-    results = json.loads((root / "run" / "results.json").read_text())
-    assert results["categories"]["bolt"]["pixel_auroc"] > 0.9
+    written = json.loads((root / "run" / "results.json").read_text())
+    assert written["categories"]["bolt"]["pixel_auroc"] > 0.9
     assert len(list(csv.DictReader(io.StringIO((folder / "images.csv").read_text())))) == 6
     names = {path.name for path in folder.iterdir()}
     assert names >= {"results.json", "evaluation.npz", "pictures", "report.html"}
@@ -122,7 +123,7 @@ def test_a_damaged_or_missing_file_is_named(root):
     broken.unlink()
     with pytest.raises(layout.LayoutError, match=f"{broken}: cannot be opened"):
         decode.read_image(broken)
-    with pytest.raises(compare.CompareError, match="none has no results.json"):
+    with pytest.raises(results.ResultsError, match="none has no results.json"):
         compare.compare([str(root / "none"), str(root / "none")])
 
 
