@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import app, flags
 from etils.epath import Path
@@ -17,6 +17,7 @@ from anoseg_jax import UsageError
 
 FLAGS = flags.FLAGS
 PROCESSES = ("distributed", "coordinator", "num_processes", "process_id")
+MODEL = ("category", "image_threshold", "pixel_threshold")
 
 
 def train() -> int:
@@ -117,6 +118,53 @@ def compare(runs: Sequence[str]) -> int:
     return 0
 
 
+def predict(arguments: Sequence[str]) -> int:
+    """Predicts photographs: launch.py --mode=predict --workdir=W --out=DIR FILE_OR_FOLDER ..."""
+    from anoseg_jax.deploy import photographs, predictions
+
+    listed = photographs.Photographs(arguments, exclude=FLAGS.out)  # wrong paths are named at once
+    is_complete = predictions.predict(
+        _load_predictor(), listed, Path(FLAGS.out), maps=FLAGS.maps, follow=FLAGS.follow
+    )
+    return int(not is_complete)
+
+
+def export(arguments: Sequence[str] = ()) -> int:
+    """Exports the model to ONNX, StableHLO or SavedModel, and checks what the export computes."""
+    from anoseg_jax.deploy import export, photographs
+
+    listed = photographs.Photographs(arguments).list()
+    export.export(_load_predictor(), FLAGS.format, Path(FLAGS.out), listed)
+    return 0
+
+
+def serve() -> int:
+    """Serves the model over HTTP: POST /predict, and a page where one drops a photograph."""
+    try:
+        from anoseg_jax.deploy import serve
+    except ImportError as error:
+        if error.name != "fastapi":
+            raise
+        raise UsageError(
+            '--mode=serve needs the extra [serve]: pip install -e ".[serve]"'
+        ) from None
+    limits = serve.Limits(megabytes=FLAGS.max_megabytes, megapixels=FLAGS.max_megapixels)
+    serve.serve(_load_predictor(), FLAGS.host, FLAGS.port, limits)
+    return 0
+
+
+def _load_predictor() -> Any:
+    """Returns the model in --workdir with the thresholds of the flags."""
+    from anoseg_jax.deploy import photo_predictor
+
+    return photo_predictor.Predictor(
+        FLAGS.workdir,
+        category=FLAGS.category,
+        image_threshold=FLAGS.image_threshold,
+        pixel_threshold=FLAGS.pixel_threshold,
+    )
+
+
 class Mode(NamedTuple):
     """A mode: its function, the flags that it needs, and other flags that it takes."""
 
@@ -134,10 +182,17 @@ MODES = {
     "merge": Mode(merge, ("workdir",)),
     "report": Mode(report, ("workdir",)),
     "compare": Mode(compare, ("workdir", "runs")),
+    "predict": Mode(predict, ("workdir", "out", "photographs"), (*MODEL, "maps", "follow")),
+    "export": Mode(export, ("workdir", "out", "format"), (*MODEL, "photographs")),
+    "serve": Mode(serve, ("workdir",), (*MODEL, "host", "port", "max_megabytes", "max_megapixels")),
 }
+POSITIONAL = ("runs", "photographs")
 HINTS = {
     "config": "needs --config=FILE; options are set as --config.KEY=VALUE",
     "workdir": "needs --workdir=DIR",
+    "out": "needs --out=DIR, the folder to write to",
+    "photographs": "needs photographs: --mode=predict --workdir=W --out=DIR FILE_OR_FOLDER ...",
+    "format": "needs --format=onnx, stablehlo or saved_model",
     "runs": "needs the folders of finished runs: --mode=compare --workdir=W RUN RUN ...",
 }
 
@@ -157,6 +212,19 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if JAX does not detect it.")
     flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.")
     flags.DEFINE_integer("process_id", None, "From 0, with --coordinator.")
+    flags.DEFINE_string("out", None, "Folder for predictions or an export.")
+    flags.DEFINE_string("category", None, "Which model of a --workdir that holds several.")
+    flags.DEFINE_float("image_threshold", None, "Instead of the model's: of scores, from 0 up.")
+    flags.DEFINE_float("pixel_threshold", None, "Instead of the model's: of maps, from 0 to 1.")
+    flags.DEFINE_enum(
+        "maps", "all", ("all", "defective", "none"), "Photographs that get a map and an overlay."
+    )
+    flags.DEFINE_enum("format", None, ("onnx", "stablehlo", "saved_model"), "What export writes.")
+    flags.DEFINE_bool("follow", False, "Go on with photographs as they arrive, until Ctrl-C.")
+    flags.DEFINE_string("host", "127.0.0.1", "Address that serve listens at.")
+    flags.DEFINE_integer("port", 8000, "Port that serve listens at.", 0, 65535)
+    flags.DEFINE_float("max_megabytes", 50, "Largest file that serve takes.", 0)
+    flags.DEFINE_float("max_megapixels", 50, "Largest image that serve takes.", 0)
     for flag in FLAGS.get_flags_for_module(__name__):  # absl's --help shows those of the script
         FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
@@ -181,12 +249,16 @@ def parse(argv: Sequence[str]) -> tuple[Mode, list[str]]:
         text = lines[-1] if "Traceback" in str(error) else " ".join(lines)
         raise UsageError(text) from error
     mode = MODES[FLAGS.mode]
-    given = [name for name in ("config", "workdir", "devices", *PROCESSES) if FLAGS[name].present]
-    given += ["runs"] * bool(arguments)
+    known = {name for each in MODES.values() for name in each.needs + each.takes}
+    given = [name for name in sorted(known - {*POSITIONAL}) if FLAGS[name].present]
+    # What stands without a flag; for a mode that takes nothing of the kind, the first kind.
+    positional = next((name for name in POSITIONAL if name in mode.needs + mode.takes), "runs")
+    given += [positional] * bool(arguments)
     for name in given:
         if name not in mode.needs + mode.takes:
-            what = f"{arguments[0]!r}" if name == "runs" else f"--{name}"
-            modes = [key for key in MODES if name in MODES[key].needs + MODES[key].takes]
+            what = f"{arguments[0]!r}" if name == positional else f"--{name}"
+            names = POSITIONAL if name == positional else (name,)
+            modes = [key for key in MODES if {*names} & {*MODES[key].needs, *MODES[key].takes}]
             raise UsageError(
                 f"{what} does not belong to --mode={FLAGS.mode}, but to --mode={' or '.join(modes)}"
             )
@@ -197,8 +269,9 @@ def parse(argv: Sequence[str]) -> tuple[Mode, list[str]]:
         from anoseg_jax import options
 
         FLAGS.config = options.normalize(FLAGS.config)
-    if FLAGS.workdir is not None:
-        FLAGS.workdir = os.path.expanduser(FLAGS.workdir)
+    for name in ("workdir", "out"):
+        if FLAGS[name].value is not None:
+            FLAGS[name].value = os.path.expanduser(FLAGS[name].value)
     return mode, [os.path.expanduser(argument) for argument in arguments]
 
 

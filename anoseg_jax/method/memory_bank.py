@@ -135,7 +135,7 @@ def distances(
     With `image_ids` [b], to the nearest patch of any other image (leave-one-out); if all of the
     bank is of that image, nothing is left out.
     """
-    image_ids = jnp.full(len(images), -1) if image_ids is None else image_ids  # -1: no image's
+    image_ids = jnp.full(images.shape[0], -1) if image_ids is None else image_ids  # -1: no image's
 
     def distances_of_image(args: tuple[Array, Array]) -> Array:
         image, image_id = args

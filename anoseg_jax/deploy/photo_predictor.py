@@ -1,0 +1,283 @@
+"""A trained model for photographs of any size and format: files, folders or arrays."""
+
+import collections
+import concurrent.futures
+import os
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from anoseg_jax import UsageError
+from anoseg_jax.deploy import model_folder
+from anoseg_jax.deploy.photographs import Photographs
+from anoseg_jax.deploy.prediction import Prediction, Thresholds, Unreadable
+from anoseg_jax.deploy.predictor import Predictor as Model
+from anoseg_jax.images.decode import LayoutError, read_image
+from anoseg_jax.method import thresholds as good_thresholds
+from anoseg_jax.running import progress
+
+CACHE = "~/.cache/anoseg_jax"
+# Images that are computed at once, for each device. Larger batches are not faster on a CPU, and
+# one photograph takes as long as a batch: all batches are filled up to this size.
+BATCH_CPU, BATCH_ACCELERATOR = 4, 16
+# A file, the content of a file, or a decoded image.
+Photograph = str | os.PathLike | bytes | np.ndarray | Image.Image
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes uint8 [h, w, 3] to `size` (height, width), bilinear and antialiased."""
+    if image.shape[:2] == tuple(size):
+        return image
+    resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(resized)
+
+
+class Loaded(NamedTuple):
+    """A photograph at the model's size, uint8 [h, w, 3]; its own size; the seconds it took."""
+
+    image: np.ndarray
+    size: tuple[int, int]
+    seconds: float
+
+
+class _Content(bytes):
+    """The content of an image file, read like a file."""
+
+    def read_bytes(self) -> bytes:
+        return bytes(self)
+
+    def __str__(self) -> str:
+        return "the image"
+
+
+def to_array(image: np.ndarray | Image.Image) -> np.ndarray:
+    """Returns a decoded photograph as uint8 RGB [h, w, 3].
+
+    Raises ValueError unless it is uint8 [h, w], [h, w, 1], [h, w, 3] or [h, w, 4].
+    """
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
+    channels = image.shape[2] if image.ndim == 3 else 1
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (1, 3, 4):
+        raise ValueError(
+            "a photograph must be uint8 [h, w], [h, w, 1], [h, w, 3] or [h, w, 4]; got "
+            f"{image.dtype} {list(image.shape)}"
+        )
+    if not image.size:
+        raise ValueError(f"a photograph must have pixels; got {list(image.shape)}")
+    image = image.reshape(*image.shape[:2], channels)
+    return np.repeat(image, 3, axis=2) if channels == 1 else np.ascontiguousarray(image[..., :3])
+
+
+class Predictor:
+    """A trained model for photographs of any size and format; the weights are loaded once.
+
+    `Predictor("W/bolt")("photo.jpg").score`
+
+    Attributes:
+      folder: the category folder with the checkpoints.
+      model: the trained networks, a `deploy.predictor.Predictor`.
+      thresholds: for verdicts and masks, see `prediction.Thresholds`.
+      threshold_sources: for "image" and "pixel", a sentence that says where the threshold is from.
+      batch_size: the number of images that are computed at once.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        category: str | None = None,
+        image_threshold: float | None = None,
+        pixel_threshold: float | None = None,
+        batch_size: int | None = None,
+    ):
+        """Loads the newest checkpoint.
+
+        Args:
+          workdir: the folder of a trained category, or a whole run's.
+          category: which of the run's categories; needed if there are several.
+          image_threshold: instead of the model's; of scores, which may be above 1.
+          pixel_threshold: instead of the model's; from 0 to 1.
+          batch_size: images that are computed at once; 1 gives the shortest time for one image.
+
+        Raises:
+          ModelError: there is no model, or more than one.
+          UsageError: a threshold is out of range.
+        """
+        if pixel_threshold is not None and not 0 <= pixel_threshold <= 1:
+            raise UsageError(f"pixel_threshold={pixel_threshold} must be from 0 to 1")
+        self.folder = model_folder.find_model(workdir, category)
+        if not jax.config.jax_compilation_cache_dir:
+            jax.config.update("jax_compilation_cache_dir", os.path.expanduser(CACHE))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        if batch_size is None:
+            on_cpu = jax.default_backend() == "cpu"
+            batch_size = (BATCH_CPU if on_cpu else BATCH_ACCELERATOR) * jax.device_count()
+        self.batch_size = batch_size
+        self.model = Model(self.folder, batch_size=batch_size)
+        self._uses_detector = self.model.config["evaluate"]["image_score"] == "detector"
+        if self._uses_detector:
+            self.model = Model(self.folder, batch_size=batch_size, detector=True)
+        self._set_thresholds(image_threshold, pixel_threshold)
+
+    def _set_thresholds(self, image: float | None, pixel: float | None) -> None:
+        chosen = model_folder.read_thresholds(self.folder, self.model.weights_sha256)
+        if chosen is None:
+            chosen = dict(self.model.record["thresholds"])
+            if self._uses_detector:
+                chosen["image"] = self.model.detector.record["thresholds"]["image"]
+        values = {name: chosen[name]["threshold"] for name in ("image", "pixel")}
+        self.threshold_sources = {name: chosen[name]["how"] for name in ("image", "pixel")}
+        for name, value in (("image", image), ("pixel", pixel)):
+            if value is not None:
+                values[name] = float(value)
+                self.threshold_sources[name] = f"set by the user ({name}_threshold)"
+        self.thresholds = Thresholds(**values)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width that photographs are resized to."""
+        return self.model.image_size
+
+    def compute(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns maps [b, h, w] and scores [b] of uint8 images [b, h, w, 3] of `image_size`."""
+        maps, scores = self.model(images)
+        if self._uses_detector:
+            scores = self.model.detector(images, maps)
+        return maps, scores
+
+    def warm_up(self) -> None:
+        """Compiles the model, if that has not been done, and says so if it takes long."""
+        with progress.waiting("compiling the model", "usually under half a minute, once"):
+            self.compute(np.zeros((1, *self.image_size, 3), np.uint8))
+
+    def load(self, photograph: Photograph) -> Loaded:
+        """Reads and resizes a photograph as training does; LayoutError names what is unreadable."""
+        began = time.monotonic()
+        if isinstance(photograph, bytes):
+            image = read_image(_Content(photograph))
+        elif isinstance(photograph, str | os.PathLike):
+            image = read_image(epath.Path(photograph))
+        else:
+            image = to_array(photograph)
+        resized = resize_image(image, self.image_size)
+        return Loaded(resized, image.shape[:2], time.monotonic() - began)
+
+    def __call__(self, photographs: Any) -> Prediction | list[Prediction]:
+        """Returns the prediction for one photograph, or a list of them for several.
+
+        Args:
+          photographs: one file, content of a file (bytes), array or PIL image; or several: a
+            folder, a list, an array. Arrays are uint8: [h, w, 3] or [h, w], [b, h, w, 3] for
+            several.
+
+        Raises:
+          LayoutError: a file cannot be read.
+          ValueError: an array is not a photograph.
+        """
+        listed = _listed(photographs)
+        several = [photographs] if listed is None else listed
+        predictions = []
+        for prediction in self.stream(several):
+            if isinstance(prediction, Unreadable):
+                raise LayoutError(prediction.reason)
+            predictions.append(prediction)
+        return predictions[0] if listed is None else predictions
+
+    def stream(
+        self, photographs: Iterable[Photograph | None]
+    ) -> Iterator[Prediction | Unreadable | None]:
+        """Yields the prediction for each photograph, in order, in bounded memory.
+
+        Threads read the next photographs while a batch is computed. None among the photographs says
+        that no more come for now: those before it are computed at once, then None is yielded.
+        """
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            reading: collections.deque = collections.deque()
+            for photograph in photographs:
+                if photograph is not None:
+                    reading.append((_name_of(photograph), pool.submit(self.load, photograph)))
+                while reading and (photograph is None or len(reading) >= 3 * self.batch_size):
+                    yield from self._predict_next(reading)
+                if photograph is None:
+                    yield None
+            while reading:
+                yield from self._predict_next(reading)
+
+    def _predict_next(self, reading: collections.deque) -> Iterator[Prediction | Unreadable]:
+        """Predicts the next batch; an unreadable photograph takes no place in it."""
+        batch: list[tuple[str, Loaded | Unreadable]] = []
+        images: list[np.ndarray] = []
+        while reading and len(images) < self.batch_size:
+            name, future = reading.popleft()
+            try:
+                loaded = future.result()
+                images.append(loaded.image)
+            except LayoutError as error:
+                loaded = Unreadable(name, str(error))
+            batch.append((name, loaded))
+        began = time.monotonic()
+        results = iter(zip(*self.compute(np.stack(images)), strict=True) if images else ())
+        share = (time.monotonic() - began) / max(1, len(images))
+        for name, loaded in batch:
+            if isinstance(loaded, Unreadable):
+                yield loaded
+            else:
+                image_map, score = next(results)
+                yield Prediction(
+                    name,
+                    float(score),
+                    self.thresholds,
+                    loaded.size,
+                    loaded.seconds + share,
+                    loaded.image,
+                    image_map,
+                )
+
+    def recalibrate(self, good_photographs: Any) -> Thresholds:
+        """Makes both thresholds anew from photographs of good parts, and stores them.
+
+        They are written to thresholds.json beside the model and replace the model's own from then
+        on; no weight changes. Take photographs that the model was not trained on.
+
+        Args:
+          good_photographs: several of them, as for a call.
+
+        Raises:
+          LayoutError: a file cannot be read.
+          ValueError: there are none.
+        """
+        photographs = _listed(good_photographs)
+        if not photographs:
+            raise ValueError("recalibrate needs a list or a folder of photographs of good parts")
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            images = np.stack([loaded.image for loaded in pool.map(self.load, photographs)])
+        made = good_thresholds.calibrate(self.compute, images, self.model.config)
+        for threshold in made.values():
+            threshold["how"] = f"recalibrated: {threshold['how']}"
+        model_folder.write_thresholds(self.folder, self.model.weights_sha256, made)
+        self._set_thresholds(None, None)
+        return self.thresholds
+
+
+def _listed(photographs: Any) -> list[Photograph] | None:
+    """Returns several photographs as a list; None if it is a single one."""
+    if isinstance(photographs, str | os.PathLike):
+        if not os.path.isdir(photographs):
+            return None
+        paths = Photographs([os.fspath(photographs)]).list()
+        if not paths:
+            raise LayoutError(f"{photographs}: no images in it")
+        return paths
+    if isinstance(photographs, np.ndarray):
+        return list(photographs) if photographs.ndim == 4 else None
+    return None if isinstance(photographs, bytes | Image.Image) else list(photographs)
+
+
+def _name_of(photograph: Photograph) -> str:
+    return os.fspath(photograph) if isinstance(photograph, str | os.PathLike) else ""
