@@ -81,7 +81,9 @@ def run_category(
             detector=config.detector.enabled,
         )
         trained_with = predictor.config
-        splits = splits.at_bit_depth(int(trained_with["bit_depth"]))
+        bit_depth = trained_with.get("bit_depth", "auto")  # "auto": trained on arrays
+        if bit_depth != "auto":
+            splits = splits.at_bit_depth(int(bit_depth))
     image_size = tuple(trained_with["image_size"])
 
     # Maps to metrics.
