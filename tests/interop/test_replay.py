@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from replays import IMAGES, make_config
+from replays import IMAGES, export, make_config
 
 from anoseg_jax.images import batches
 from anoseg_jax.interop import replay, torch_weights
@@ -17,10 +17,7 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A replay of three steps."""
-    folder = tmp_path_factory.mktemp("replay")
-    replay.export(make_config(STEPS), IMAGES, folder)
-    return folder
+    return export(tmp_path_factory.mktemp("replay"), STEPS)
 
 
 def test_a_replay_has_the_losses_weights_and_bank_of_fit(folder, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from replays import IMAGES, make_config
+from replays import IMAGES, export, make_config
 
 from anoseg_jax.evaluation import evaluate
 from anoseg_jax.interop import replay, torch_weights
@@ -25,9 +25,7 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("replay")
-    replay.export(make_config(STEPS), IMAGES, folder)
-    return folder
+    return export(tmp_path_factory.mktemp("replay"), STEPS)
 
 
 def largest(row, *kinds):
