@@ -38,16 +38,16 @@ def augment(
     key: Array,
     image: Array,
     *,
-    flip_horizontal: Array | bool = False,
-    flip_vertical: Array | bool = False,
-    rotation: Array | float = 0.0,
-    shift: Array | float = 0.0,
-    brightness: Array | float = 0.0,
+    flip_horizontal: Array,
+    flip_vertical: Array,
+    rotation: Array,
+    shift: Array,
+    brightness: Array,
 ) -> Array:
     """Flips, rotates, shifts and brightens a good image at random: [h, w, 3] in [0, 1].
 
-    Every option is a Python value or a scalar array. Under `jax.vmap` over images, leave the
-    options unbatched: images are then warped only where `rotation` or `shift` asks for it.
+    The options are scalars (`config.augment`), 0 where they are off. Under `jax.vmap` over images,
+    leave them unbatched: images are then warped only if `rotation` or `shift` is on.
 
     Args:
       key: a PRNG key; the result depends on the key, the image and the options alone.
