@@ -96,17 +96,21 @@ class Predictor:
     ) -> tuple[np.ndarray, ...]:
         """Returns maps [b, h, w] and scores [b] of uint8 images, and reconstructions if asked for.
 
-        Reconstructions are [b, h, w, 3] in [0, 1]. Raises ValueError if the images are not uint8
-        [b, h, w, 3] of `image_size`.
+        b may be 0. Reconstructions are [b, h, w, 3] in [0, 1]. Raises ValueError if the images are
+        not uint8 [b, h, w, 3] of `image_size`.
         """
         expected = (*self.image_size, 3)
+        images = np.asarray(images)
         if images.ndim != 4 or images.shape[1:] != expected or images.dtype != np.uint8:
             raise ValueError(
                 f"images must be uint8 [b, {', '.join(map(str, expected))}], the size that the "
                 f"model was trained at; got {images.dtype} {list(images.shape)}"
             )
         outputs = 3 if reconstructions else 2
-        starts = range(0, max(1, len(images)), self.batch_size)
+        if not len(images):
+            empty = [np.zeros((0, *shape), np.float32) for shape in (self.image_size, (), expected)]
+            return tuple(empty[:outputs])
+        starts = range(0, len(images), self.batch_size)
         chunks = [
             self._predict(self._variables, images[i : i + self.batch_size], outputs=outputs)
             for i in starts

@@ -257,6 +257,7 @@ def fit(
     category_dir: str | Path,
     *,
     generator: checkpoint.Saved | None = None,
+    validation: np.ndarray | None = None,
     make_batches: Callable[..., Iterator[dict[str, np.ndarray]]] = batches.train_batches,
     writer: Any = None,
 ) -> checkpoint.Saved:
@@ -267,6 +268,7 @@ def fit(
       images: all good images, see train.fit.
       category_dir: the generator's folder; detector/ in it gets the same files.
       generator: what `train.fit` returned; None restores the newest checkpoint of `category_dir`.
+      validation: see train.fit.
       make_batches: see train.fit.
       writer: see train.fit.
 
@@ -278,7 +280,8 @@ def fit(
     """
     generator = generator or checkpoint.restore_newest(Path(category_dir) / "checkpoints")
     # With others, image ids would name other images, and held-out images could be in the bank.
-    if train.data_of(generator) != (train.images_sha256(images), config.seed, config.held_out):
+    sha256 = train.images_sha256(images, validation)
+    if train.data_of(generator) != (sha256, config.seed, config.held_out):
         raise DetectorError(
             f"{category_dir}: the generator was trained on other images, or with another seed or "
             "held_out"
@@ -289,7 +292,7 @@ def fit(
     folder.mkdir(exist_ok=True)
 
     static, options = split_options(config)
-    arrays, held_out = train.split_images(config, images)
+    arrays, held_out = train.split_images(config, images, validation)
     training = loop.Training(
         network="detector",
         template=template(config),

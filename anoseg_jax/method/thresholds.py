@@ -22,7 +22,7 @@ def threshold_from_good(scores: np.ndarray, false_positive_rate: float) -> float
     """Returns the lowest score that at most a given share of the scores reaches.
 
     Args:
-      scores: float array of any shape: scores of good images, or of their pixels.
+      scores: array of any shape, float or integer: scores of good images, or of their pixels.
       false_positive_rate: the share in [0, 1] of `scores` that may be at or above the threshold. If
         it allows no score (ties at the highest score, or a rate of 0): the next float above it.
 
@@ -33,6 +33,8 @@ def threshold_from_good(scores: np.ndarray, false_positive_rate: float) -> float
     """
     check_rate(false_positive_rate)
     scores = np.asarray(scores)
+    if not np.issubdtype(scores.dtype, np.floating):
+        scores = scores.astype(np.float64)
     if not scores.size or not np.isfinite(scores).all():
         return None
     values, counts = np.unique(scores, return_counts=True)

@@ -231,21 +231,28 @@ def train_step(
 
 
 def split_images(
-    config: ConfigDict, images: np.ndarray
+    config: ConfigDict, images: np.ndarray, validation: np.ndarray | None = None
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Splits good images [n, h, w, 3] into those to train on and those to hold out for thresholds.
+
+    With `validation`, other good images for thresholds, all `images` are trained on.
 
     Returns:
       `image` and `image_id` int32 of the images to train on, and the held-out images.
     """
     image_ids = batches.assign_image_ids(images)
+    if validation is not None:
+        return {"image": images, "image_id": image_ids}, validation
     kept, held_out = batches.hold_out(image_ids, fraction=config.held_out, seed=config.seed)
     return {"image": images[kept], "image_id": image_ids[kept]}, images[held_out]
 
 
-def images_sha256(images: np.ndarray) -> str:
+def images_sha256(images: np.ndarray, validation: np.ndarray | None = None) -> str:
     """Returns the hash by which a resumed run recognizes its images."""
-    return hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(images))
+    if validation is not None:
+        digest.update(np.ascontiguousarray(validation))
+    return digest.hexdigest()
 
 
 def build_memory_bank(
@@ -380,6 +387,7 @@ def fit(
     images: np.ndarray,
     folder: epath.PathLike,
     *,
+    validation: np.ndarray | None = None,
     make_batches: Callable[..., Iterator[dict[str, np.ndarray]]] = batches.train_batches,
     writer: Any = None,
 ) -> checkpoint.Saved:
@@ -390,6 +398,7 @@ def fit(
       images: all good images, sorted, uint8 [n, h, w, 3]. A share of them, `config.held_out`, is
         not trained on: thresholds, which each checkpoint records, are made from it.
       folder: for checkpoints/, train_log.jsonl, config.json, parameters.txt.
+      validation: good images for thresholds, uint8 [n, h, w, 3]: none of `images` are held out.
       make_batches: `images.batches.train_batches`, or the same as a tf.data pipeline.
       writer: of clu.metric_writers, for TensorBoard; None writes nothing.
 
@@ -404,8 +413,8 @@ def fit(
       distributed.Stopped: a signal has asked for it; a checkpoint is saved.
     """
     static, options = train_state.split_options(config)
-    arrays, held_out = split_images(config, images)
-    sha256, template = images_sha256(images), train_state.template(config)
+    arrays, held_out = split_images(config, images, validation)
+    sha256, template = images_sha256(images, validation), train_state.template(config)
     # TensorBoard's panels: of several processes all predict, and one writes.
     panels = writer is not None or jax.process_count() > 1
     training = loop.Training(

@@ -5,7 +5,6 @@ only the main process (number 0) writes.
 """
 
 import contextlib
-import fcntl
 import itertools
 import os
 import signal
@@ -199,6 +198,12 @@ def lock(folder: epath.PathLike, *, shared: bool = False) -> Iterator[None]:
     if not is_main_process() or "://" in os.fspath(folder):
         yield
         return
+    try:
+        import fcntl
+    except ImportError:
+        raise UsageError(
+            "this system has no file locks: on Windows, train in WSL (Windows Subsystem for Linux)"
+        ) from None
     # Not with epath: a lock needs a local file.
     with os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT), "r+") as file:
         try:

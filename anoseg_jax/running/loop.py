@@ -30,7 +30,8 @@ from anoseg_jax.running import checkpoint, distributed, files, progress, train_l
 # Options that a resumed run may change.
 MAY_CHANGE = (
     "num_steps log_every checkpoint_every accumulate remat resume dataset data_dir tfds_dir "
-    "categories category_options shard variants evaluate detector maps_dir compilation_cache"
+    "categories category_options shard variants evaluate detector maps_dir compilation_cache "
+    "layout mask_suffix ignore_name max_megapixels"
 ).split()
 # Options that may also differ from those of `config.resume`: the memory bank is then built anew.
 MAY_CHANGE_ELSEWHERE = ["seed", "held_out"]

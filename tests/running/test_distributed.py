@@ -72,6 +72,6 @@ except UsageError as error:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (
-        "processes of this run do not meet" in done.stdout
+        "processes of this run cannot connect" in done.stdout
         and "--coordinator=HOST:PORT" in done.stdout
     )
