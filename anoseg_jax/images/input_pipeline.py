@@ -78,7 +78,8 @@ def load_arrays(dataset: tf.data.Dataset, image_size: tuple[int, int]) -> Arrays
     Returns:
       `image` uint8 [n, h, w, 3], `mask` bool [n, h, w], `has_mask` bool [n], `label` int [n],
       `defect_type` and `name` str [n]; where any example has pixels to ignore, also `ignore` bool
-      [n, h, w], True at these.
+      [n, h, w], True at these, where the image has the mean colour of its other pixels: what was
+      there reaches neither training nor scores.
 
     Raises:
       decode.ImageError: a file cannot be read, for example because it was removed since the check.
@@ -107,6 +108,11 @@ def load_arrays(dataset: tf.data.Dataset, image_size: tuple[int, int]) -> Arrays
         arrays = next(resized.as_numpy_iterator())
     for key in ("defect_type", "name"):
         arrays[key] = np.array([text.decode() for text in arrays[key]])
+    if "ignore" in arrays:
+        arrays["image"] = arrays["image"].copy()  # TensorFlow's cannot be written to
+        for image, ignored in zip(arrays["image"], arrays["ignore"], strict=True):
+            if not ignored.all():
+                image[ignored] = image[~ignored].mean(axis=0).round()
     return arrays
 
 

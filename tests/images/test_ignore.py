@@ -93,3 +93,13 @@ def test_arrays_hold_them_at_the_size_of_images_and_of_files(folder):
 def test_without_any_there_is_no_array_of_them(folder):
     arrays, native = load_arrays(layout.scan(folder).test, (HEIGHT, WIDTH))
     assert "ignore" not in arrays and native is None
+
+
+def test_what_is_ignored_has_the_mean_colour_of_the_rest(folder):
+    save_mask(LABEL, folder / "ignore.png")
+    before = layout.load(layout.scan(folder).train[0])["image"]
+    arrays, _ = load_arrays(layout.scan(folder).train, (HEIGHT, WIDTH), with_ignore=True)
+    image = arrays["image"][0]
+    np.testing.assert_array_equal(image[~LABEL], before[~LABEL])
+    mean = before[~LABEL].mean(axis=0).round()
+    np.testing.assert_array_equal(image[LABEL], np.broadcast_to(mean, (LABEL.sum(), 3)))
