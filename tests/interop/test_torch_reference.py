@@ -11,7 +11,7 @@ import pytest
 from replays import IMAGES, export, make_config
 
 from anoseg_jax.evaluation import evaluate
-from anoseg_jax.interop import replay, torch_weights
+from anoseg_jax.interop import torch_weights
 from anoseg_jax.method import detector, losses, predict
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
