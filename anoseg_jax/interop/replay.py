@@ -51,13 +51,7 @@ def step(
     *,
     static: StaticOptions,
 ) -> tuple[TrainState, dict[str, Array], dict[str, Any], dict[str, Array]]:
-    """One training step of both players on given examples; pure.
-
-    Args:
-      state: the training state.
-      examples: those of `train.make_examples`, and their `bank_distances` (None without a bank).
-      options: the arrays of `train_state.split_options`.
-      static: the static options; `accumulate` is ignored.
+    """Runs one training step on examples, `static.accumulate` aside; pure.
 
     Returns:
       The next state; loss terms and gradient norms; gradients by player, before clipping; and
@@ -143,11 +137,7 @@ def in_words(config: ConfigDict) -> dict[str, str]:
 def export(config: ConfigDict, images: np.ndarray, folder: Path) -> None:
     """Trains for `config.num_steps` steps as `train.fit` does, on one device, and writes each step.
 
-    Args:
-      config: the options of one category.
-      images: all good images, sorted, uint8 [n, h, w, 3]; `config.held_out` of them are not trained
-        on.
-      folder: for replay.json and the safetensors files; existing ones are replaced.
+    `config` and `images` are those of `train.fit`. Files in `folder` are replaced.
     """
     static, options = train_state.split_options(config)
     _, step_key = train_state.seed_keys(config.seed)

@@ -81,9 +81,7 @@ def to_torch(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def from_torch(state_dict: Mapping[str, np.ndarray], template: Mapping[str, Any]) -> dict:
     """Returns the nested dicts of a state_dict: the inverse of `to_torch`, to the bit.
 
-    Args:
-      state_dict: numpy arrays by name.
-      template: nested dicts of arrays or shapes (`jax.eval_shape`), in the result's structure.
+    `template` has arrays or shapes (`jax.eval_shape`) in the result's structure.
 
     Raises WeightsError, listing all names, shapes and dtypes that differ from the template's.
     """

@@ -46,17 +46,9 @@ def augment(
 ) -> Array:
     """Flips, rotates, shifts and brightens a good image at random: [h, w, 3] in [0, 1].
 
-    The options are scalars (`config.augment`), 0 where they are off. Under `jax.vmap` over images,
-    leave them unbatched: images are then warped only if `rotation` or `shift` is on.
-
-    Args:
-      key: a PRNG key; the result depends on the key, the image and the options alone.
-      image: float [h, w, 3] in [0, 1].
-      flip_horizontal: mirrors left and right in half of the draws.
-      flip_vertical: mirrors top and bottom in half of the draws.
-      rotation: largest angle, in degrees, in both directions.
-      shift: largest shift, as a fraction of the height and of the width, in both directions.
-      brightness: largest relative change of brightness, in both directions.
+    The options are scalars, those of `config.augment`; 0 is off. Flips happen in half of the draws.
+    The others are the largest change, either way. Under `jax.vmap` over images, leave the options
+    unbatched: images are then warped only if `rotation` or `shift` is on.
     """
     h, w, _ = image.shape
     uniforms = jax.random.uniform(key, (6,))

@@ -109,15 +109,9 @@ def predict_fn(
 ) -> tuple[Array, Array, Array]:
     """Returns anomaly maps [b, h, w], image-level scores [b] and reconstructions [b, h, w, 3].
 
-    Args:
-      variables: see `variables_of`.
-      images: uint8 [b, h, w, 3].
-      generator: the module.
-      options: of the memory bank.
-      top_fraction: the share of a map's pixels that its score is the mean of.
-
-    All are float32. Maps and reconstructions are in [0, 1], the latter clipped to it; scores
-    (`peak_over_median`) are at least 0.
+    `images` are uint8 [b, h, w, 3]; for `variables` see `variables_of`. All results are float32.
+    Maps and reconstructions are in [0, 1], the latter clipped to it. Scores (`peak_over_median`)
+    are at least 0.
     """
     images = images.astype(jnp.float32) / 255
     logits, reconstructions = generator_logits(
@@ -152,12 +146,8 @@ def detect_fn(
 ) -> Array:
     """Returns the image-level detector's scores [b], float32, at least 0.
 
-    Args:
-      params: of the "detector" and of its "discriminator".
-      images: uint8 [b, h, w, 3].
-      maps: the generator's anomaly maps of them, float [b, h, w] in [0, 1].
-      detector: the module.
-      discriminator: the module that it was trained with.
+    `params` are those of the "detector" and of its "discriminator"; `images` are uint8 [b, h, w,
+    3], `maps` the generator's anomaly maps of them.
     """
     images = images.astype(jnp.float32) / 255
     reconstructed = detector.apply({"params": params["detector"]}, images, maps)

@@ -81,10 +81,8 @@ def calibrate(
 ) -> dict[str, dict[str, Any]]:
     """Returns the thresholds of a model, see `thresholds_from_good`.
 
-    Args:
-      predict: maps uint8 images [b, h, w, 3] to anomaly maps and scores.
-      images: good images that were held out, uint8 [n, h, w, 3].
-      config: the options `image_size` and `evaluate`.
+    `predict` maps uint8 images [b, h, w, 3] to anomaly maps and scores; `images` are the held-out
+    ones; `config` has `image_size` and `evaluate`.
     """
     maps, scores = [np.zeros((0, *config["image_size"]))], [np.zeros(0)]
     options = config["evaluate"]

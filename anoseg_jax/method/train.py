@@ -233,12 +233,9 @@ def train_step(
 def split_images(
     config: ConfigDict, images: np.ndarray, validation: np.ndarray | None = None
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Splits good images [n, h, w, 3] into those to train on and those to hold out for thresholds.
+    """Returns `image` and `image_id` (int32) of the images to train on, and the held-out images.
 
-    With `validation`, other good images for thresholds, all `images` are trained on.
-
-    Returns:
-      `image` and `image_id` int32 of the images to train on, and the held-out images.
+    With `validation`, other good images, these are held out and all `images` are trained on.
     """
     image_ids = batches.assign_image_ids(images)
     if validation is not None:
@@ -289,13 +286,10 @@ def build_memory_bank(
 def make_checkpoint_fn(
     config: ConfigDict, template: TrainState, held_out: np.ndarray, *, panels: bool
 ) -> Callable[[TrainState, int], tuple[dict[str, Any], dict[str, np.ndarray]]]:
-    """Returns `on_checkpoint` of loop.Training: thresholds, FLOPs, panels for TensorBoard.
+    """Returns `on_checkpoint` of loop.Training: thresholds, FLOPs, `panels` for TensorBoard.
 
-    Args:
-      config: the options of configs/default.py.
-      template: shapes of the state.
-      held_out: good images that are not trained on, uint8 [n, h, w, 3].
-      panels: whether to draw training examples from them, with their maps.
+    Thresholds and panels are made from the held-out images, uint8 [n, h, w, 3]. `template` has the
+    shapes of the state.
     """
     static, options = train_state.split_options(config)
     _, step_key = train_state.seed_keys(config.seed)
@@ -312,8 +306,7 @@ def make_checkpoint_fn(
         additions = {"thresholds": calibrated, "flops_per_image": flops_per_image()}
         if not panels or not len(held_out):
             return additions, {}
-        # From held-out images, which are not in the memory bank: distances here are not
-        # leave-one-out.
+        # The distances of predict_fn are not leave-one-out: held-out images are not in the bank.
         rows = np.arange(config.batch_size) % len(held_out)
         batch = {"image": held_out[rows], "image_id": rows.astype(np.int32)}
         key = jax.random.fold_in(step_key, step)
@@ -344,12 +337,8 @@ def starting_point(
 ) -> tuple[TrainState, dict[str, Any]]:
     """Returns the first state, with its memory bank, and the record of the run so far.
 
-    Args:
-      config: the options of configs/default.py.
-      arrays: the images to train on, see `split_images`.
-      sha256: of all images.
-      saved: the checkpoint to resume from. Its memory bank is kept if images, seed and `held_out`
-        are the same; with `config.resume` they may differ.
+    `arrays` are those of `split_images`. `saved` is the checkpoint to resume from: its memory bank
+    is kept if images, seed and `held_out` are the same; with `config.resume` they may differ.
     """
     static, options = train_state.split_options(config)
     if saved is None:

@@ -119,11 +119,8 @@ def create_optimizers(
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """Returns AdamW for the trained network, and Adam for its discriminator.
 
-    Args:
-      options: `weight_decay` of the network; `clip_norm`, the largest global norm of each player's
-        gradient; `discriminator_scale`, the discriminator's learning rate relative to the
-        network's. Numbers or traced arrays.
-      learning_rate: the network's at this step; the optimizers' states do not depend on it.
+    `options` are `weight_decay`, `clip_norm` and `discriminator_scale` of configs/default.py:
+    numbers or traced arrays. The optimizers' states do not depend on the learning rate.
     """
     clip = optax.clip_by_global_norm(options["clip_norm"])
     weight_decay = options["weight_decay"]
@@ -152,11 +149,8 @@ def create_players(
 ) -> dict[str, Any]:
     """Returns the fields of a state before the first step, by name.
 
-    Args:
-      key: the seed's PRNG key.
-      static: has each player's module under the player's name.
-      inputs: by player, dummy arrays to call its module with; the discriminator is the last one.
-      options: the arrays of `split_options`.
+    `static` has each player's module under the player's name. `inputs` are dummy arrays to call
+    them with, by player; the discriminator is the last one.
     """
     network, _ = inputs
     fields = {"step": jnp.zeros((), jnp.int32)}
@@ -173,14 +167,7 @@ def create_players(
 def create_state(
     key: Array, options: Options, *, static: StaticOptions, image_size: tuple[int, int]
 ) -> TrainState:
-    """Returns the state before the first step, without its memory bank; compile it by `jit_create`.
-
-    Args:
-      key: the seed's PRNG key.
-      options: the arrays of `split_options`.
-      static: the static options.
-      image_size: height and width.
-    """
+    """Returns the state before the first step, without its memory bank; see `jit_create`."""
     # One dummy image: the parameters do not depend on its content.
     images, maps = jnp.zeros((1, *image_size, 3)), jnp.zeros((1, *image_size))
     inputs = {"generator": (images, maps if static.grid else None), "discriminator": (images, maps)}

@@ -42,11 +42,8 @@ class Stopped(Exception):
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Connects to the run's other processes; must come before any other use of jax.
 
-    Args:
-      coordinator: "HOST:PORT" of process 0. All three are None if jax finds them by itself (Slurm,
-        Open MPI, Cloud TPU, GKE).
-      num_processes: of the run.
-      process_id: from 0 to `num_processes` - 1.
+    `coordinator` is the "HOST:PORT" of process 0. All three arguments are None if jax finds the
+    processes by itself (Slurm, Open MPI, Cloud TPU, GKE).
 
     Raises UsageError if they cannot be found or do not start within `START_TIMEOUT` seconds.
     """

@@ -45,7 +45,7 @@ class TrainingError(UsageError):
 
 
 class Training(NamedTuple):
-    """What the loop runs: a step, its arguments, and what belongs into a checkpoint.
+    """What the loop runs: a step, its arguments, and what checkpoints record.
 
     Attributes:
       network: the field of the state whose parameters parameters.txt lists.
@@ -242,20 +242,8 @@ def run(
 ) -> checkpoint.Saved:
     """Trains until `config.num_steps`, or resumes; returns the newest checkpoint.
 
-    Args:
-      config: the options of the run; those of the loop are num_steps, log_every, checkpoint_every,
-        batch_size, seed and resume.
-      folder: for checkpoints/, train_log.jsonl, config.json, parameters.txt.
-      training: what is trained.
-      make_batches: `images.batches.train_batches`, or the same as a tf.data pipeline.
-      writer: of clu.metric_writers, for TensorBoard; None writes nothing.
-
-    Returns:
-      What `checkpoint.restore_newest` reads afterwards, but for the nesting of the optimizers.
-
-    Raises:
-      TrainingError: see `restore`; a metric is not finite, or batches end early.
-      distributed.Stopped: a signal has asked for it; a checkpoint is saved.
+    Of `config` the loop reads num_steps, log_every, checkpoint_every, batch_size, seed and resume;
+    all options are saved. The other arguments, the result and errors are those of `train.fit`.
     """
     folder = epath.Path(folder)
     with checkpoint.open_manager(folder / "checkpoints") as manager:
