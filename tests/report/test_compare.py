@@ -1,6 +1,5 @@
 """Comparison of runs: from files to differences, and intervals that mean what they say."""
 
-import csv
 import json
 import subprocess
 import sys
@@ -10,9 +9,9 @@ import numpy as np
 import pytest
 
 from anoseg_jax.evaluation import evaluate, intervals, metrics, pixel_tables
-from anoseg_jax.evaluation.intervals import histograms
 from anoseg_jax.evaluation.metrics import METRICS
 from anoseg_jax.evaluation.results import (
+    Evaluation,
     ResultsError,
     as_markdown,
     mean_of,
@@ -40,6 +39,10 @@ def scene(*, noise, n=24, size=(16, 20), seed=0):
 
 def eight_bits(maps):
     return np.round(255 * maps).astype(np.uint8)
+
+
+def histograms(maps, masks):
+    return np.stack([metrics.level_histograms(*pair) for pair in zip(maps, masks, strict=True)])
 
 
 def results_of(maps, masks, labels, has_mask=None):
@@ -70,13 +73,12 @@ def write_category(workdir, name, maps, masks, labels, *, names=None, has_mask=N
     path.write_text(json.dumps(everything))
     names = names or [f"test/{index:03d}.png" for index in range(len(maps))]
     known = np.ones(len(maps), bool) if has_mask is None else has_mask
-    with (folder / "images.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("name", "defect_type", "label", "score", "has_mask", "iou"))
-        for row in zip(names, labels, maps.mean(axis=(1, 2)).tolist(), known, strict=True):
-            kind = "dent" if row[1] else "good"
-            writer.writerow((row[0], kind, int(row[1]), row[2], row[3], ""))
-    np.savez_compressed(folder / "evaluation.npz", mask=masks, map=eight_bits(maps))
+    columns = ("name", "defect_type", "label", "score", "has_mask", "iou")
+    types, scores = np.where(labels, "dent", "good"), maps.mean(axis=(1, 2)).tolist()
+    rows = zip(names, types, labels.astype(int), scores, known, [None] * len(maps), strict=True)
+    images = [dict(zip(columns, row, strict=True)) for row in rows]
+    evaluation = Evaluation({}, images, eight_bits(maps), masks, {})
+    write_evaluation(folder, evaluation, {"image": masks, "mask": masks}, store_maps=False)
     return workdir
 
 
@@ -326,7 +328,7 @@ def test_images_without_a_mask_count_in_image_metrics_only(tmp_path):
 
 def test_files_that_do_not_fit_give_no_interval_and_no_exception(two_runs):
     first, second = two_runs
-    path = second / "screw" / "evaluation.npz"
+    path = second / "screw" / "histograms.npz"
     whole = path.read_bytes()
 
     def reason():
@@ -336,16 +338,19 @@ def test_files_that_do_not_fit_give_no_interval_and_no_exception(two_runs):
         assert screw["differences"]["B"]["iou"]["value"] is not None
         return value["reason"]
 
-    maps, masks, _ = scene(noise=0.1)
     for content in (whole[:100], b""):
         path.write_bytes(content)
-        assert "evaluation.npz" in reason()
-    np.savez(path, mask=masks, map=eight_bits(maps[1:]))
-    assert "evaluation.npz has 23 images and images.csv 24" in reason()
-    np.savez(path, mask=masks, map=eight_bits(scene(noise=0.4)[0]))
+        assert "histograms.npz cannot be read" in reason()
+    rows = second / "screw" / "images.csv"
+    path.write_bytes(whole)
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join(lines[:-1]))
+    assert "histograms.npz has 24 images and images.csv 23" in reason()
+    rows.write_text("\n".join(lines))
+    path.write_bytes((first / "screw" / "histograms.npz").read_bytes())
     assert "of another evaluation" in reason()
     path.unlink()
-    assert "evaluation.npz is not there" in reason()
+    assert "histograms.npz is not there. --mode=evaluate writes it." in reason()
 
 
 def test_maps_too_low_for_8_bits_give_no_interval(two_runs):
@@ -433,10 +438,10 @@ def test_what_is_written_is_the_comparison(two_runs, tmp_path):
 
 
 def test_it_needs_no_jax(two_runs):
-    """Blocked imports: a comparison runs where only the files are."""
+    """Blocked imports: comparisons and pages are made where only the files are."""
     program = (
         "import sys; sys.modules['jax'] = sys.modules['tensorflow'] = None\n"
-        "from anoseg_jax.report import compare\n"
+        "from anoseg_jax.report import compare, compare_page, pages\n"
         "print(compare.as_markdown(compare.compare(sys.argv[1:], bootstrap=5)))"
     )
     command = [sys.executable, "-c", program, *map(str, two_runs)]
