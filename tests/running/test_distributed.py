@@ -71,7 +71,5 @@ except UsageError as error:
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert (
-        "processes of this run do not meet" in done.stdout
-        and "--coordinator=HOST:PORT" in done.stdout
-    )
+    assert "processes of this run cannot connect" in done.stdout
+    assert "--coordinator=HOST:PORT" in done.stdout
