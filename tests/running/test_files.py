@@ -4,7 +4,6 @@ import ast
 import csv
 import io
 import json
-import os
 from pathlib import Path as LocalPath
 
 import fsspec
@@ -26,7 +25,6 @@ from anoseg_jax.running import train_log
 from data import sources
 
 ROOT = LocalPath(__file__).resolve().parents[2]
-os.environ["EPATH_USE_TF"] = "0"  # epath then opens gs:// with fsspec, also if TensorFlow is there
 
 
 class Bucket(MemoryFileSystem):
