@@ -74,6 +74,38 @@ def to_array(image: np.ndarray | Image.Image) -> np.ndarray:
     return np.repeat(image, 3, axis=2) if channels == 1 else np.ascontiguousarray(image[..., :3])
 
 
+def load(photograph: Photograph, size: tuple[int, int]) -> Loaded:
+    """Reads a photograph and resizes it to `size` (height, width), as training does.
+
+    Raises LayoutError if a file cannot be read, ValueError if an array is no photograph.
+    """
+    began = time.monotonic()
+    if isinstance(photograph, bytes):
+        image = read_image(_Content(photograph))
+    elif isinstance(photograph, str | os.PathLike):
+        image = read_image(epath.Path(photograph))
+    else:
+        image = to_array(photograph)
+    return Loaded(resize_image(image, size), image.shape[:2], time.monotonic() - began)
+
+
+def list_photographs(photographs: Any) -> list[Photograph] | None:
+    """Returns several photographs (a folder, a list, an array) as a list; None for a single one.
+
+    Raises LayoutError if a folder has no images.
+    """
+    if isinstance(photographs, str | os.PathLike):
+        if not os.path.isdir(photographs):
+            return None
+        paths = Photographs([os.fspath(photographs)]).list()
+        if not paths:
+            raise LayoutError(f"{photographs}: no images in it")
+        return paths
+    if isinstance(photographs, np.ndarray):
+        return list(photographs) if photographs.ndim == 4 else None
+    return None if isinstance(photographs, bytes | Image.Image) else list(photographs)
+
+
 class Predictor:
     """A trained model for photographs of any size and format; the weights are loaded once.
 
@@ -158,15 +190,7 @@ class Predictor:
 
     def load(self, photograph: Photograph) -> Loaded:
         """Reads and resizes a photograph as training does; LayoutError names what is unreadable."""
-        began = time.monotonic()
-        if isinstance(photograph, bytes):
-            image = read_image(_Content(photograph))
-        elif isinstance(photograph, str | os.PathLike):
-            image = read_image(epath.Path(photograph))
-        else:
-            image = to_array(photograph)
-        resized = resize_image(image, self.image_size)
-        return Loaded(resized, image.shape[:2], time.monotonic() - began)
+        return load(photograph, self.image_size)
 
     def __call__(self, photographs: Any) -> Prediction | list[Prediction]:
         """Returns the prediction for one photograph, or a list of them for several.
@@ -180,7 +204,7 @@ class Predictor:
           LayoutError: a file cannot be read.
           ValueError: an array is not a photograph.
         """
-        listed = _listed(photographs)
+        listed = list_photographs(photographs)
         several = [photographs] if listed is None else listed
         predictions = []
         for prediction in self.stream(several):
@@ -252,7 +276,7 @@ class Predictor:
           LayoutError: a file cannot be read.
           ValueError: there are none.
         """
-        photographs = _listed(good_photographs)
+        photographs = list_photographs(good_photographs)
         if not photographs:
             raise ValueError("recalibrate needs a list or a folder of photographs of good parts")
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -263,20 +287,6 @@ class Predictor:
         model_folder.write_thresholds(self.folder, self.model.weights_sha256, made)
         self._set_thresholds(None, None)
         return self.thresholds
-
-
-def _listed(photographs: Any) -> list[Photograph] | None:
-    """Returns several photographs as a list; None if it is a single one."""
-    if isinstance(photographs, str | os.PathLike):
-        if not os.path.isdir(photographs):
-            return None
-        paths = Photographs([os.fspath(photographs)]).list()
-        if not paths:
-            raise LayoutError(f"{photographs}: no images in it")
-        return paths
-    if isinstance(photographs, np.ndarray):
-        return list(photographs) if photographs.ndim == 4 else None
-    return None if isinstance(photographs, bytes | Image.Image) else list(photographs)
 
 
 def _name_of(photograph: Photograph) -> str:
