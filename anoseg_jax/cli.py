@@ -46,12 +46,19 @@ def _run(*, training: bool) -> int:
 def _open_splits(*, training: bool) -> dict:
     """Returns the splits of each category, after the options are checked."""
     from anoseg_jax import options
+    from anoseg_jax.images import layout
     from data import sources
 
     config = FLAGS.config
     options.check(config, training=training)
     return sources.open_splits(
-        config.dataset, config.categories, data_dir=config.data_dir, tfds_dir=config.tfds_dir
+        config.dataset,
+        config.categories,
+        data_dir=config.data_dir,
+        tfds_dir=config.tfds_dir,
+        read=layout.ReadOptions.of(config),
+        image_size=tuple(config.image_size),
+        training=training,
     )
 
 
@@ -67,8 +74,11 @@ def check() -> int:
     """Reports on images and masks, without training; reads no --workdir."""
     from anoseg_jax.images import layout
 
-    categories = layout.scan_categories(FLAGS.config.data_dir, FLAGS.config.categories)
-    print("\n\n".join(map(layout.report, categories)))
+    config = FLAGS.config
+    read = layout.ReadOptions.of(config)
+    categories = layout.scan_categories(config.data_dir, config.categories, read)
+    image_size = tuple(config.image_size)
+    print("\n\n".join(layout.report(category, image_size) for category in categories))
     return int(any(category.errors for category in categories))
 
 

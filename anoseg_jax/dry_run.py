@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from anoseg_jax import UsageError, options
 from anoseg_jax.method import detector, models, train, train_state
+from anoseg_jax.running import loop
 
 # What a run writes beside checkpoints, none of it large: in each training's folder, and above.
 OF_A_TRAINING = (
@@ -125,7 +126,15 @@ def training_steps(config: ConfigDict) -> list[Step]:
     of_one = partial(train.train_step, static=static._replace(accumulate=1), axis_name=None)
     params = state.generator, state.discriminator
     steps = [
-        Step("generator", train.parallel_train_step(static), of_one, state, params, key, arrays)
+        Step(
+            "generator",
+            loop.parallelize(train.train_step, static),
+            of_one,
+            state,
+            params,
+            key,
+            arrays,
+        )
     ]
     if config.detector.enabled:
         variables = {"params": state.ema, "memory_bank": state.memory_bank}
@@ -133,7 +142,7 @@ def training_steps(config: ConfigDict) -> list[Step]:
         state = detector.template(config)
         _, key = detector.seed_keys(config.seed)
         of_one = partial(detector.train_step, static=static._replace(accumulate=1), axis_name=None)
-        parallel_step = detector.parallel_train_step(static)
+        parallel_step = loop.parallelize(detector.train_step, static)
         params = state.detector, state.discriminator
         steps.append(
             Step("detector", parallel_step, of_one, state, params, key, arrays | variables)

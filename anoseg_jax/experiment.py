@@ -27,8 +27,9 @@ from anoseg_jax.interop import replay
 from anoseg_jax.method import detector, train
 from anoseg_jax.report import ablation, pages, pictures
 from anoseg_jax.running import distributed, files, loop, train_log
+from anoseg_jax.running.checkpoint import Saved
 
-Splits = tuple[Any, Any]  # (train, test): tf.data sets, see input_pipeline.load_arrays
+Splits = Any  # data.sources.Splits
 Unit = tuple[str, int | None, str]  # variant ("" without any), seed (None without any), category
 
 
@@ -38,16 +39,34 @@ def load_train_images(train_split: Any, image_size: tuple[int, int]) -> np.ndarr
     return arrays["image"][np.argsort(arrays["name"], kind="stable")]
 
 
-def fit(config: ConfigDict, folder: Path, images: np.ndarray) -> None:
-    """Trains the generator, and the image-level detector where it is enabled, or resumes."""
-    main, how = distributed.is_main_process(), {"make_batches": input_pipeline.train_batches}
+def fit(
+    config: ConfigDict, folder: Path, images: np.ndarray, validation: np.ndarray | None
+) -> tuple[Saved, Saved | None]:
+    """Trains the generator, and the image-level detector where it is enabled, or resumes.
+
+    Returns the newest checkpoint of each; None without a detector.
+    """
+    main = distributed.is_main_process()
+    how = {"validation": validation, "make_batches": input_pipeline.train_batches}
     writer = train_log.create_writer(folder) if main else None
-    train.fit(config, images, folder, writer=writer, **how)
+    generator = train.fit(config, images, folder, writer=writer, **how)
     distributed.stop_if_asked("after training")
-    if config.detector.enabled:
-        writer = train_log.create_writer(folder / "detector") if main else None
-        detector.fit(config, images, folder, writer=writer, **how)
-        distributed.stop_if_asked("after training the detector")
+    if not config.detector.enabled:
+        return generator, None
+    writer = train_log.create_writer(folder / "detector") if main else None
+    saved = detector.fit(config, images, folder, generator=generator, writer=writer, **how)
+    distributed.stop_if_asked("after training the detector")
+    return generator, saved
+
+
+def trained_on(images: np.ndarray, options: Mapping[str, Any], splits: Splits) -> np.ndarray:
+    """Returns those of the good images that a model with these options is trained on."""
+    if splits.validation is not None:
+        return images
+    kept, _ = batches.hold_out(
+        batches.assign_image_ids(images), fraction=options["held_out"], seed=options["seed"]
+    )
+    return images[kept]
 
 
 def run_category(
@@ -61,34 +80,39 @@ def run_category(
     With `config.maps_dir`, evaluates the maps of another method instead of a model's. Raises
     external_maps.MapsError if these are missing or cannot be used, or `folder` is a model's.
     """
-    train_split, test_split = splits
     settings, images = config.evaluate, None
     if config.maps_dir and (folder / "checkpoints").exists():
         raise external_maps.MapsError(
             f"{folder} is a model's: give the results of maps_dir another --workdir"
         )
+    model, model_detector = folder, config.detector.enabled
     if training:
-        images = load_train_images(train_split, config.image_size)
-        fit(config, folder, images)
+        images, validation = load_train_images(splits.train, config.image_size), None
+        if splits.validation is not None:
+            validation = load_train_images(splits.validation, config.image_size)
+        model, model_detector = fit(config, folder, images, validation)
 
     # What the maps come from. A model's options are those that it was trained with.
     if config.maps_dir:
         trained_with = {key: config[key] for key in ("image_size", "held_out", "seed")}
     else:
         predictor = Predictor(
-            folder,
+            model,
             top_fraction=settings.top_fraction,
             batch_size=settings.batch_size,
-            detector=config.detector.enabled,
+            detector=model_detector,
         )
         trained_with = predictor.config
+        bit_depth = trained_with.get("bit_depth", "auto")  # "auto": trained on arrays
+        if bit_depth != "auto":
+            splits = splits.at_bit_depth(int(bit_depth))
     image_size = tuple(trained_with["image_size"])
 
     # Maps to metrics.
-    arrays = input_pipeline.load_arrays(test_split, image_size)
+    arrays = input_pipeline.load_arrays(splits.test, image_size)
     test = list(input_pipeline.test_batches(arrays, settings.batch_size))
     how = {
-        "native_masks": input_pipeline.load_masks(test_split) if settings.native_size else None,
+        "native_masks": input_pipeline.load_masks(splits.test) if settings.native_size else None,
         "pixel_threshold": settings.pixel_threshold,
         "image_threshold": settings.image_threshold,
     }
@@ -107,16 +131,12 @@ def run_category(
         evaluation = evaluate.evaluate(
             predictor, test, detector=predictor.detector, image_score=settings.image_score, **how
         )
-    if settings.baselines and distributed.is_main_process():
+    has_baselines = settings.baselines and int(splits.train.cardinality())
+    if has_baselines and distributed.is_main_process():
         if images is None or tuple(config.image_size) != image_size:
-            images = load_train_images(train_split, image_size)
-        kept, _ = batches.hold_out(
-            batches.assign_image_ids(images),
-            fraction=trained_with["held_out"],
-            seed=trained_with["seed"],
-        )
+            images = load_train_images(splits.train, image_size)
         evaluation.results["baselines"] = evaluate.evaluate_baselines(
-            images[kept],
+            trained_on(images, trained_with, splits),
             test,
             top_fraction=settings.top_fraction,
             native_masks=how["native_masks"],
@@ -127,9 +147,9 @@ def run_category(
 def export_replay(config: ConfigDict, workdir: Path, splits: Mapping[str, Splits]) -> None:
     """Trains `config.num_steps` steps a category and writes them (replay.export) to its replay/."""
     options.use_compilation_cache(config.compilation_cache)
-    for name, (train_split, _) in splits.items():
+    for name, of_category in splits.items():
         category_config = options.of_category(config, name)
-        images = load_train_images(train_split, category_config.image_size)
+        images = load_train_images(of_category.train, category_config.image_size)
         folder = workdir / name / "replay"
         replay.export(category_config, images, folder)
         print(f"{name}: {category_config.num_steps} steps in {folder}")
@@ -262,6 +282,8 @@ def run_unit(
     The results first, pictures last: what fails there costs no figure.
     """
     category_config = options.of_category(config, folder.name, training=training)
+    with category_config.unlocked():
+        category_config.bit_depth = str(splits.bit_depth)  # "auto" until here
     with distributed.lock(folder):
         if distributed.is_main_process():
             (folder / "error.txt").unlink(missing_ok=True)

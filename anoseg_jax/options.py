@@ -16,8 +16,10 @@ PATHS = ("data_dir", "tfds_dir", "maps_dir", "resume", "compilation_cache")
 # What all variants of a run share.
 SHARED_BY_VARIANTS = (
     "dataset data_dir tfds_dir categories category_options seed seeds shard variants "
-    "compilation_cache"
+    "compilation_cache layout mask_suffix ignore_name bit_depth max_megapixels"
 ).split()
+# Of these, a category may have its own seed only.
+SHARED_BY_CATEGORIES = tuple(key for key in SHARED_BY_VARIANTS if key != "seed")
 
 
 class OptionError(UsageError):
@@ -165,7 +167,11 @@ def of_category(config: ConfigDict, category: str, *, training: bool = True) -> 
     Raises OptionError if `category_options` names an option that does not exist or cannot work.
     """
     try:
-        config = changed(config, config.category_options.get(category, {}))
+        changes = config.category_options.get(category, {})
+        shared = sorted(set(SHARED_BY_CATEGORIES) & set(changes))
+        if shared:
+            raise OptionError(f"{shared[0]} is the same for all categories of a command")
+        config = changed(config, changes)
     except OptionError as error:
         raise OptionError(f"category_options.{category}: {error}") from error
     with config.unlocked():

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from anoseg_jax.method import train, train_state  # noqa: E402
+from anoseg_jax.running import loop  # noqa: E402
 
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u8": 1, "pred": 1}
 
@@ -56,7 +57,7 @@ def main(names: list[str]) -> None:
             "image": jax.ShapeDtypeStruct((devices, 1, *config.image_size, 3), jnp.uint8),
             "image_id": jax.ShapeDtypeStruct((devices, 1), jnp.int32),
         }
-        step = train.parallel_train_step(static)
+        step = loop.parallelize(train.train_step, static)
         program = step.lower(state, batch, jax.random.key(0), options).compile().as_text()
         trees = state.generator, state.discriminator, state.memory_bank
         counts = " | ".join(f"{size(tree):,}" for tree in trees)

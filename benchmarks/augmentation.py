@@ -40,7 +40,7 @@ def main(_):
     images = np.random.default_rng(0).integers(0, 256, (config.batch_size, *size, 3), np.uint8)
     batch = {"image": images, "image_id": np.arange(config.batch_size, dtype=np.int32)}
     init_key, step_key = train_state.seed_keys(config.seed)
-    create = jax.jit(train_state.create_state, static_argnames=("static", "image_size"))
+    create = train_state.jit_create(train_state.create_state)
     state = create(init_key, arrays, static=static, image_size=size)
     if static.grid:  # distances take as long to a bank of zeros
         shapes = memory_bank.template(config.memory_bank)

@@ -44,14 +44,14 @@ def main(_):
     splits = sources.open_splits(
         config.dataset, config.categories, data_dir=config.data_dir, tfds_dir=config.tfds_dir
     )
-    for category, (train_split, test_split) in splits.items():
+    for category, of_category in splits.items():
         config = options.of_category(CONFIG.value, category)
         predictor = Predictor(Path(WORKDIR.value) / category)
-        images = input_pipeline.load_arrays(train_split, config.image_size)["image"]
+        images = input_pipeline.load_arrays(of_category.train, config.image_size)["image"]
         kept, held_out = batches.hold_out(
             batches.assign_image_ids(images), fraction=config.held_out, seed=config.seed
         )
-        test = input_pipeline.load_arrays(test_split, config.image_size)
+        test = input_pipeline.load_arrays(of_category.test, config.image_size)
 
         def pca_patches(x, train=images[kept], fraction=config.evaluate.top_fraction):
             maps = baselines.pca_patches(train, x)

@@ -23,7 +23,7 @@ from sklearn.neighbors import NearestNeighbors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from anoseg_jax.images import (
-    input_pipeline,  # noqa: E402
+    decode,  # noqa: E402
     layout,  # noqa: E402
 )
 
@@ -74,8 +74,10 @@ def run(category: layout.Category, size: tuple[int, int], seconds: float, out: P
     """Learns a category and writes its maps within about `seconds` of CPU time."""
 
     def read(examples: tuple[layout.Example, ...]) -> list[np.ndarray]:
-        images = (layout.load(example)["image"] for example in examples)
-        return [input_pipeline.resize_image(image, size) for image in images]
+        images = (
+            layout.load(example, bit_depth=category.bit_depth)["image"] for example in examples
+        )
+        return [decode.resize_image(image, size) for image in images]
 
     train, test = read(category.train), read(category.test)
     rng = np.random.default_rng(0)

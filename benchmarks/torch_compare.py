@@ -126,13 +126,13 @@ class Case:
         self.twin_examples = {name: tensor(x) for name, x in self.examples.items()}
         # The twin's initial weights serve both; its memory bank is random.
         generator, discriminator = torch_reference.create(config)
-        for bank in (generator.memory, generator.coarse_memory):
+        for bank in generator.memory_bank.values():
             for array in bank.buffers():
                 array += torch.from_numpy(rng.normal(size=array.shape)).to(array.dtype)
         self.training = torch_reference.Training(generator, discriminator, config)
         weights = {
             f"{player}.{name}": x.detach().numpy()
-            for player in replay.PLAYERS
+            for player in train_state.TrainState.PLAYERS
             for name, x in getattr(self.training, player).state_dict().items()
         }
         self.state, self.static, self.options = torch_replay.create_state(
@@ -234,7 +234,7 @@ class Case:
             "bank's distances",
             partial(memory_bank.standardized_distances, grid=self.static.grid),
             self.state.memory_bank.fine,
-            twin.memory,
+            twin.memory_bank["fine"],
             defective,
         )
         both_ways(
@@ -248,7 +248,7 @@ class Case:
             "anomaly head",
             apply_fn(models.AnomalyHead(width, depth)),
             generator["anomaly_head"],
-            twin.map_head,
+            twin.anomaly_head,
             head_input,
             extra_features,
         )

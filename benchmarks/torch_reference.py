@@ -210,12 +210,12 @@ class PatchBank(nn.Module):
         descriptor = 3 * patch**2
         self.register_buffer("mean", torch.zeros(descriptor))
         self.register_buffer("basis", torch.zeros(descriptor, components))
-        # Principal components, then the position times `place`.
+        # Principal components, then the position times `position_scale`.
         self.register_buffer("patches", torch.zeros(size, components + 2))
-        self.register_buffer("source", torch.zeros(size, dtype=torch.int32))  # image id
-        self.register_buffer("place", torch.zeros(()))  # scale of the position
-        self.register_buffer("centre", torch.zeros(()))  # mean of good distances
-        self.register_buffer("spread", torch.zeros(()))  # their standard deviation
+        self.register_buffer("patch_image_ids", torch.zeros(size, dtype=torch.int32))
+        self.register_buffer("position_scale", torch.zeros(()))
+        self.register_buffer("distance_mean", torch.zeros(()))  # of good patches
+        self.register_buffer("distance_std", torch.zeros(()))
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """Returns descriptors of the patches of half-size images: [b, rows, columns, d]."""
@@ -239,7 +239,7 @@ class PatchBank(nn.Module):
         x = x - self.mean
         code = x @ self.basis
         rest = x.square().sum(dim=-1) - code.square().sum(dim=-1)  # outside the components
-        code = torch.cat([code, self.place * positions], dim=-1)
+        code = torch.cat([code, self.position_scale * positions], dim=-1)
         norms = self.patches.square().sum(dim=-1).masked_fill(left_out, torch.inf)
         products = torch.addmm(norms, code.flatten(0, 1), self.patches.T, alpha=-2)
         squared = products.amin(dim=-1).view_as(rest)
@@ -253,15 +253,15 @@ class PatchBank(nn.Module):
         bank is of that image, nothing is left out. The result is [b, rows, columns].
         """
         if image_ids is None:
-            image_ids = self.source.new_full((len(images),), -1)  # no image's
-        same_image = self.source == image_ids[:, None]
+            image_ids = self.patch_image_ids.new_full((len(images),), -1)  # no image's
+        same_image = self.patch_image_ids == image_ids[:, None]
         left_out = same_image & ~same_image.all(dim=1, keepdim=True)
         # Image by image: every patch of a batch against all of the bank would be gigabytes.
         descriptors = self.embed_patches(images)
         distances = torch.stack(
             [self.distances(*args) for args in zip(descriptors, left_out, strict=True)]
         )
-        return ((distances - self.centre) / (self.spread + 1e-6)).clamp(-3, 10)
+        return ((distances - self.distance_mean) / (self.distance_std + 1e-6)).clamp(-3, 10)
 
 
 class Generator(nn.Module):
@@ -270,27 +270,28 @@ class Generator(nn.Module):
     def __init__(
         self,
         *,
-        width: int = 32,
-        depth: int = 4,
-        latent: int = 32,
-        coords: bool = True,
-        reconstruct: bool = True,
-        memory_bank: Mapping[str, Any] | None = None,
+        width: int,
+        depth: int,
+        latent: int,
+        coords: bool,
+        reconstruct: bool,
+        memory_bank: Mapping[str, Any],
     ) -> None:
         """`memory_bank` are the options of that name; for the others see models.Generator."""
         super().__init__()
         self.coords = coords
         self.distance_weights: tuple[float, ...] = ()
-        self.memory = self.coarse_memory = None
-        if memory_bank and memory_bank["size"]:
+        self.memory_bank = None
+        if memory_bank["size"]:
             names = ("size", "patch", "stride", "components")
             options = {name: memory_bank[name] for name in names}
-            self.memory, self.coarse_memory = PatchBank(**options), PatchBank(**options)
+            scales = {scale: PatchBank(**options) for scale in ("fine", "coarse")}
+            self.memory_bank = nn.ModuleDict(scales)
             self.distance_weights = tuple(memory_bank["distance_weights"])
         inputs = 3 + 2 * coords
         self.reconstructor = Reconstructor(inputs, width, depth, latent) if reconstruct else None
-        self.map_head = AnomalyHead(
-            inputs + 6 * reconstruct, width, depth, extra_features=int(self.memory is not None)
+        self.anomaly_head = AnomalyHead(
+            inputs + 6 * reconstruct, width, depth, int(self.memory_bank is not None)
         )
 
     def bank_distances(self, images: Tensor, image_ids: Tensor | None = None) -> Tensor | None:
@@ -298,7 +299,7 @@ class Generator(nn.Module):
 
         They are leave-one-out with the `image_ids` of images that may be in the bank.
         """
-        return None if self.memory is None else self.memory(images, image_ids)
+        return None if self.memory_bank is None else self.memory_bank["fine"](images, image_ids)
 
     def forward(
         self, images: Tensor, bank_distances: Tensor | None = None
@@ -321,13 +322,13 @@ class Generator(nn.Module):
         extra_features = None
         if bank_distances is not None:
             extra_features = resize(bank_distances, (h // 2, w // 2))[:, None]  # [b, 1, h/2, w/2]
-        return self.map_head(x, extra_features), reconstruction
+        return self.anomaly_head(x, extra_features), reconstruction
 
 
 class Discriminator(nn.Module):
     """PatchGAN discriminator of (image, anomaly map) pairs: real or generated, for each patch."""
 
-    def __init__(self, *, width: int = 32, depth: int = 4, coords: bool = True) -> None:
+    def __init__(self, *, width: int, depth: int, coords: bool) -> None:
         """The arguments are the attributes of anoseg_jax.method.models.Discriminator."""
         super().__init__()
         self.coords = coords
@@ -356,9 +357,7 @@ class Discriminator(nn.Module):
 class Detector(nn.Module):
     """Image-level detector: reconstructs the (image, anomaly map) pair of a good part."""
 
-    def __init__(
-        self, *, width: int = 32, depth: int = 4, latent: int = 32, coords: bool = True
-    ) -> None:
+    def __init__(self, *, width: int, depth: int, latent: int, coords: bool) -> None:
         """The arguments are the attributes of anoseg_jax.method.models.Detector."""
         super().__init__()
         self.coords = coords
@@ -373,15 +372,10 @@ class Detector(nn.Module):
 
 def create(config: Mapping[str, Any]) -> tuple[Generator, Discriminator]:
     """Returns the generator and discriminator that the options of a config.json describe."""
-    model, loss = config["model"], config["loss"]
-    generator = Generator(
-        width=model["width"],
-        depth=model["depth"],
-        latent=model["latent"],
-        coords=model["coords"],
-        reconstruct=bool(loss["reconstruction_weight"] or loss["adversarial_weight"]),
-        memory_bank=config["memory_bank"],
-    )
+    loss = config["loss"]
+    options = {name: config["model"][name] for name in ("width", "depth", "latent", "coords")}
+    reconstruct = bool(loss["reconstruction_weight"] or loss["adversarial_weight"])
+    generator = Generator(reconstruct=reconstruct, memory_bank=config["memory_bank"], **options)
     return generator, create_discriminator(config)
 
 
@@ -397,14 +391,9 @@ def create_discriminator(config: Mapping[str, Any]) -> Discriminator:
 
 def create_detector(config: Mapping[str, Any]) -> tuple[Detector, Discriminator]:
     """Returns the detector and discriminator that the options of a config.json describe."""
-    model, options = config["model"], config["detector"]
-    detector = Detector(
-        width=options["width"],
-        depth=model["depth"],
-        latent=options["latent"],
-        coords=model["coords"],
-    )
-    return detector, create_discriminator(config)
+    options = {name: config["model"][name] for name in ("depth", "coords")}
+    options |= {name: config["detector"][name] for name in ("width", "latent")}
+    return Detector(**options), create_discriminator(config)
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor, kind: str) -> Tensor:
@@ -578,7 +567,7 @@ def generator_logits(
     fine = generator.bank_distances(images, image_ids)
     logits, reconstructions = generator(images, fine)
     if fine is not None:
-        coarse = generator.coarse_memory(F.avg_pool2d(images, 2), image_ids)
+        coarse = generator.memory_bank["coarse"](F.avg_pool2d(images, 2), image_ids)
         for distances, weight in zip((fine, coarse), generator.distance_weights, strict=True):
             logits = logits + weight * resize(distances, tuple(logits.shape[1:]))
     return logits, reconstructions

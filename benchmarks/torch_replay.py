@@ -80,7 +80,9 @@ def create_state(
     )
     # A 32-bit count makes a 32-bit learning rate.
     state = jax.tree.map(lambda x: x.astype(int) if x.dtype == jnp.int32 else x, state)
-    modules = {name: getattr(static, name).clone(dtype=jnp.dtype(dtype)) for name in replay.PLAYERS}
+    modules = {
+        name: getattr(static, name).clone(dtype=jnp.dtype(dtype)) for name in TrainState.PLAYERS
+    }
     return state, static._replace(**modules), options
 
 
@@ -128,7 +130,7 @@ class Twin:
         players = torch_reference.create(config)
         self.dtype = getattr(torch, dtype)
         self.outputs: dict[str, torch.Tensor] = {}
-        for name, player in zip(replay.PLAYERS, players, strict=True):
+        for name, player in zip(TrainState.PLAYERS, players, strict=True):
             weights = torch_weights.group(initial, name)
             player.load_state_dict({key: torch.from_numpy(x) for key, x in weights.items()})
             player.to(self.dtype)
@@ -163,7 +165,7 @@ class Twin:
         names = ("weights", "average", "gradients", "first_moment", "second_moment")
         kinds: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
         training = self.training
-        for player in replay.PLAYERS:
+        for player in TrainState.PLAYERS:
             module, moments = getattr(training, player), training.optimizers[player].state
             for name, x in module.state_dict().items():
                 kinds["weights"][f"{player}.{name}"] = x

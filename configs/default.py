@@ -21,6 +21,19 @@ def get_config() -> ConfigDict:
     config.tfds_dir = ""
     # One after the other; ("all",) takes every category that is there.
     config.categories = ("all",)
+    # How category folders are read (dataset="folder"). "auto" is the first layout of
+    # images/layouts.py that fits: mvtec_ad, mvtec_loco, mvtec_ad_2, visa, btad ...
+    config.layout = "auto"
+    # The mask of 000.png is 000<suffix>.png, or 000.png.
+    config.mask_suffix = "_mask"
+    # Pixels that count neither way: ignore.png in the category folder is for all images,
+    # ground_truth/<type>/000_ignore.png or ignore/<path of the image> for one. "" reads none.
+    config.ignore_name = "ignore"
+    # "8", "10", "12", "14" or "16": images of more than 8 bits go from 0 to 2**bit_depth - 1 ("1":
+    # float images from 0 to 1). "auto" is the smallest that holds all training images.
+    config.bit_depth = "auto"
+    # Larger images are refused before they are decoded.
+    config.max_megapixels = 150.0
     # Height and width in pixels that images are resized to, or one number for both: multiples of
     # 2**model.depth.
     config.image_size = (256, 256)

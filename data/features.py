@@ -21,8 +21,12 @@ def features() -> tfds.features.FeaturesDict:
 
 
 def encode(example: dict) -> dict:
-    """Returns a dict as `layout.load` gives it, in the form that `features` takes."""
+    """Returns a dict as `layout.load` gives it, in the form that `features` takes.
+
+    Pixels to ignore are not part of it.
+    """
     image, mask = example["image"], example["mask"]
+    example = {key: value for key, value in example.items() if key != "ignore"}
     has_mask = mask is not None
     if not has_mask:
         mask = np.zeros(image.shape[:2], bool)

@@ -1,6 +1,9 @@
 """Opens what `config.dataset` names: folders of images, or a TFDS builder of this package."""
 
+import dataclasses
+import functools
 import importlib
+from collections.abc import Callable
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -11,28 +14,86 @@ from anoseg_jax.images import input_pipeline, layout
 Split = tf.data.Dataset
 
 
-def open_folders(data_dir: str, names: tuple[str, ...]) -> dict[str, tuple[Split, Split]]:
-    """Returns (train, test) of each category folder, after every file was opened and decoded.
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The data sets of a category (see input_pipeline.load_arrays).
+
+    `validation` are good images that the layout sets apart for thresholds; None if it has none.
+    `bit_depth` is that of the images (images.decode.read_image); a model keeps that of its training
+    images, and reads all others with `at_bit_depth`.
+    """
+
+    train: Split
+    test: Split
+    validation: Split | None = None
+    bit_depth: int = 8
+    reopen: Callable[[int], "Splits"] | None = None
+
+    def at_bit_depth(self, bit_depth: int) -> "Splits":
+        """Returns the same images read at another bit depth; LayoutError if that is fixed."""
+        if bit_depth == self.bit_depth:
+            return self
+        if self.reopen is None:
+            raise layout.LayoutError(
+                f"the prepared data set has bit_depth={self.bit_depth}, the model {bit_depth}: use "
+                "the data set that the model was trained on, or dataset=folder"
+            )
+        return self.reopen(bit_depth)
+
+
+def _open_category(category: layout.Category, max_megapixels: float, bit_depth: int) -> Splits:
+    """Returns the splits of a scanned folder, read when they are iterated."""
+    load = functools.partial(layout.load, bit_depth=bit_depth, max_megapixels=max_megapixels)
+
+    def open_split(examples: tuple[layout.Example, ...]) -> Split:
+        with_ignore = any(example.ignore for example in examples)
+        return input_pipeline.from_files(examples, load, with_ignore=with_ignore)
+
+    return Splits(
+        train=open_split(category.train),
+        test=open_split(category.test),
+        validation=open_split(category.validation) if category.validation else None,
+        bit_depth=bit_depth,
+        reopen=functools.partial(_open_category, category, max_megapixels),
+    )
+
+
+def open_folders(
+    data_dir: str,
+    names: tuple[str, ...],
+    read: layout.ReadOptions | None = None,
+    *,
+    image_size: tuple[int, int] | None = None,
+    training: bool = True,
+) -> dict[str, Splits]:
+    """Returns the splits of each category folder, after every file was opened and decoded.
+
+    Args:
+      data_dir: holds the category folders.
+      names: of the categories, or ("all",).
+      read: how folders and files are read.
+      image_size: warns of images that this size squeezes, and of defects that it makes too small.
+      training: a category without images to train on cannot be used.
 
     Prints the warnings. Raises LayoutError naming every file and folder that cannot be used.
     """
-    categories = layout.scan_categories(data_dir, names)
-    layout.require_usable(categories)
-    for warning in (warning for category in categories for warning in category.warnings):
-        print(f"warning: {warning}")
+    read = read or layout.ReadOptions()
+    categories = layout.scan_categories(data_dir, names, read)
+    layout.require_usable(categories, training=training)
+    for category in categories:
+        sizes = layout.size_warnings(category, image_size) if image_size else []
+        for warning in (*category.warnings, *sizes):
+            print(f"warning: {warning}")
     return {
-        category.name: tuple(
-            input_pipeline.from_files(examples, layout.load)
-            for examples in (category.train, category.test)
-        )
+        category.name: _open_category(category, read.max_megapixels, category.bit_depth)
         for category in categories
     }
 
 
 def open_prepared(
     dataset: str, names: tuple[str, ...], *, data_dir: str, tfds_dir: str
-) -> dict[str, tuple[Split, Split]]:
-    """Returns (train, test) of each builder config, prepared if they are not yet.
+) -> dict[str, Splits]:
+    """Returns the splits of each builder config, prepared if they are not yet.
 
     Args:
       dataset: a folder of this package with a TFDS builder.
@@ -65,14 +126,27 @@ def open_prepared(
             builder.download_and_prepare(download_config=manual)
         except FileExistsError:  # Another job was faster; TFDS renames what is whole.
             builder = module.Builder(config=name, data_dir=tfds_dir or None)
-        splits[name] = (builder.as_dataset("train"), builder.as_dataset("test"))
+        bit_depth = (builder.info.metadata or {}).get("bit_depth", 8)
+        splits[name] = Splits(
+            builder.as_dataset("train"), builder.as_dataset("test"), bit_depth=bit_depth
+        )
     return splits
 
 
 def open_splits(
-    dataset: str, names: tuple[str, ...], *, data_dir: str, tfds_dir: str
-) -> dict[str, tuple[Split, Split]]:
-    """Returns (train, test) of each category: "folder" for folders, else the name of a builder."""
+    dataset: str,
+    names: tuple[str, ...],
+    *,
+    data_dir: str,
+    tfds_dir: str,
+    read: layout.ReadOptions | None = None,
+    image_size: tuple[int, int] | None = None,
+    training: bool = True,
+) -> dict[str, Splits]:
+    """Returns the splits of each category: "folder" for folders, else the name of a builder.
+
+    `read`, `image_size` and `training` are for folders, see `open_folders`.
+    """
     if dataset == "folder":
-        return open_folders(data_dir, names)
+        return open_folders(data_dir, names, read, image_size=image_size, training=training)
     return open_prepared(dataset, names, data_dir=data_dir, tfds_dir=tfds_dir)

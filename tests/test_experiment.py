@@ -19,7 +19,7 @@ from data import sources
 from data.synthetic_ad import synthetic_ad_dataset_builder as synthetic
 
 CATEGORIES = ("bolt", "nut", "washer")
-SPLITS = dict.fromkeys(("screw", "tile", "wood"), (None, None))
+SPLITS = dict.fromkeys(("screw", "tile", "wood"), sources.Splits(None, None))
 
 
 def evaluation_of(config, folder, splits, *, training):
@@ -161,7 +161,8 @@ def test_shards_may_prepare_the_same_data_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(synthetic.Builder, "download_and_prepare", be_slower)
     splits = sources.open_splits("synthetic_ad", ("weave",), data_dir="", tfds_dir=str(tmp_path))
-    assert [int(split.cardinality()) for split in splits["weave"]] == [2, 2]
+    weave = splits["weave"]
+    assert [int(split.cardinality()) for split in (weave.train, weave.test)] == [2, 2]
 
 
 @pytest.fixture

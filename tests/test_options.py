@@ -162,6 +162,9 @@ def test_an_unknown_option_of_a_category_is_refused():
     config.category_options.bolt = {"augmentation": {"flip_horizontal": True}}
     with pytest.raises(options.OptionError, match="category_options.bolt.*augmentation"):
         options.of_category(config, "bolt")
+    config.category_options.bolt = {"layout": "btad"}
+    with pytest.raises(options.OptionError, match="bolt: layout is the same for all categories"):
+        options.of_category(config, "bolt")
 
 
 def test_each_row_of_the_ablation_adds_one_part():

@@ -3,14 +3,15 @@
 Images stay uint8 until they are on the device.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from PIL import Image
 
 from anoseg_jax.images.batches import batch_order
+from anoseg_jax.images.decode import resize_image, resize_mask
 
 # The accelerator's memory belongs to jax.
 tf.config.set_visible_devices([], "GPU")
@@ -18,57 +19,57 @@ tf.config.set_visible_devices([], "GPU")
 Arrays = dict[str, np.ndarray]
 
 
-def from_files(examples: Sequence[Any], load: Callable[[Any], dict]) -> tf.data.Dataset:
+def from_files(
+    examples: Sequence[Any], load: Callable[[Any], dict], *, with_ignore: bool = False
+) -> tf.data.Dataset:
     """Returns the examples as a data set, read from their files each time it is iterated.
 
     Args:
       examples: what `load` takes.
-      load: returns a dict of `image` (uint8 [h, w, 3]), `mask` (bool [h, w] or None), `label`
-        (0 or 1), `defect_type` and `name`; called from several threads.
+      load: returns a dict of `image` (uint8 [h, w, 3]), `mask` and `ignore` (bool [h, w] or None),
+        `label` (0 or 1), `defect_type` and `name`; called from several threads. What it raises,
+        `load_arrays` and `load_masks` raise.
+      with_ignore: the data set has the key `ignore`.
     """
+    errors: list[Exception] = []
 
     def read(index: int) -> tuple:
-        example = load(examples[index])
+        try:
+            example = load(examples[index])
+        except Exception as error:
+            errors.append(error)
+            raise
         image, mask = example["image"], example["mask"]
-        has_mask = mask is not None
-        mask = mask if has_mask else np.zeros(image.shape[:2], bool)
-        mask = mask[..., None].astype(np.uint8)
-        return image, mask, has_mask, example["label"], example["defect_type"], example["name"]
+        masks = (mask, example["ignore"]) if with_ignore else (mask,)
+        masks = [np.zeros(image.shape[:2], bool) if x is None else x for x in masks]
+        masks = [x[..., None].astype(np.uint8) for x in masks]
+        texts = example["defect_type"], example["name"]
+        return image, mask is not None, example["label"], *texts, *masks
 
-    names = ("image", "mask", "has_mask", "label", "defect_type", "name")
-    types = (tf.uint8, tf.uint8, tf.bool, tf.int64, tf.string, tf.string)
-    return tf.data.Dataset.range(len(examples)).map(
+    names = ("image", "has_mask", "label", "defect_type", "name", "mask", "ignore")
+    types = (tf.uint8, tf.bool, tf.int64, tf.string, tf.string, tf.uint8, tf.uint8)
+    if not with_ignore:
+        names, types = names[:-1], types[:-1]
+    dataset = tf.data.Dataset.range(len(examples)).map(
         lambda index: dict(zip(names, tf.numpy_function(read, [index], types), strict=True)),
         num_parallel_calls=tf.data.AUTOTUNE,
     )
+    dataset.read_errors = errors
+    return dataset
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes uint8 [h, w, 3] to `size` (height, width), bilinear and antialiased."""
-    if image.shape[:2] == tuple(size):
-        return image
-    resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
-    return np.asarray(resized)
-
-
-def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes a mask [h, w] (bool or 0/1) to `size` by nearest neighbour, bool.
-
-    A defect never vanishes: if none of its pixels is left, every pixel of the result that covers
-    a part of it is set.
-    """
-    mask = mask.astype(bool)
-    if mask.shape == tuple(size):
-        return mask
-    resized = np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
-    if mask.any() and not resized.any():
-        resized = np.zeros(size, bool)
-        rows, columns = np.nonzero(mask)
-        for row, column in zip(rows, columns, strict=True):
-            top, bottom = (np.array([row, row + 1]) * size[0]) / mask.shape[0]
-            left, right = (np.array([column, column + 1]) * size[1]) / mask.shape[1]
-            resized[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = True
-    return resized
+@contextlib.contextmanager
+def _own_errors(dataset: tf.data.Dataset) -> Iterator[None]:
+    """Raises what `load` of `from_files` raised instead of TensorFlow's account of it."""
+    errors = getattr(dataset, "read_errors", [])
+    try:
+        yield
+    except tf.errors.OpError:
+        if not errors:
+            raise
+        error = errors[0]
+        errors.clear()
+        raise error from None
 
 
 def load_arrays(dataset: tf.data.Dataset, image_size: tuple[int, int]) -> Arrays:
@@ -76,17 +77,24 @@ def load_arrays(dataset: tf.data.Dataset, image_size: tuple[int, int]) -> Arrays
 
     Returns:
       `image` uint8 [n, h, w, 3], `mask` bool [n, h, w], `has_mask` bool [n], `label` int [n],
-      `defect_type` and `name` str [n].
+      `defect_type` and `name` str [n]; where any example has pixels to ignore, also `ignore` bool
+      [n, h, w], True at these, where the image has the mean colour of its other pixels: what was
+      there reaches neither training nor scores.
+
+    Raises:
+      decode.ImageError: a file cannot be read, for example because it was removed since the check.
     """
     size = tuple(image_size)
 
     def resize(example: dict) -> dict:
         image = tf.numpy_function(lambda x: resize_image(x, size), [example["image"]], tf.uint8)
-        mask = tf.numpy_function(lambda x: resize_mask(x[..., 0], size), [example["mask"]], tf.bool)
-        return example | {
-            "image": tf.ensure_shape(image, (*size, 3)),
-            "mask": tf.ensure_shape(mask, size),
-        }
+        resized = {"image": tf.ensure_shape(image, (*size, 3))}
+        for key in example.keys() & {"mask", "ignore"}:
+            mask = tf.numpy_function(
+                lambda x: resize_mask(x[..., 0], size), [example[key]], tf.bool
+            )
+            resized[key] = tf.ensure_shape(mask, size)
+        return example | resized
 
     count = int(dataset.cardinality())
     if not count:
@@ -96,15 +104,31 @@ def load_arrays(dataset: tf.data.Dataset, image_size: tuple[int, int]) -> Arrays
             "mask": np.zeros((0, *size), bool),
         } | {key: np.zeros(0, dtype) for key, dtype in empty.items()}
     resized = dataset.map(resize, num_parallel_calls=tf.data.AUTOTUNE).batch(count)
-    arrays = next(resized.as_numpy_iterator())
+    with _own_errors(dataset):
+        arrays = next(resized.as_numpy_iterator())
     for key in ("defect_type", "name"):
         arrays[key] = np.array([text.decode() for text in arrays[key]])
+    if "ignore" in arrays:
+        arrays["image"] = arrays["image"].copy()  # TensorFlow's cannot be written to
+        for image, ignored in zip(arrays["image"], arrays["ignore"], strict=True):
+            if not ignored.all():
+                image[ignored] = image[~ignored].mean(axis=0).round()
     return arrays
 
 
 def load_masks(dataset: tf.data.Dataset) -> list[np.ndarray]:
     """Returns the masks of a split at the size they have in their files: bool [h, w] each."""
-    return [example["mask"][..., 0].astype(bool) for example in dataset.as_numpy_iterator()]
+    return _load_masks(dataset, "mask")
+
+
+def load_ignore_masks(dataset: tf.data.Dataset) -> list[np.ndarray] | None:
+    """Returns the pixels to ignore at the size of the files, as `load_masks`; None without any."""
+    return _load_masks(dataset, "ignore") if "ignore" in dataset.element_spec else None
+
+
+def _load_masks(dataset: tf.data.Dataset, key: str) -> list[np.ndarray]:
+    with _own_errors(dataset):
+        return [example[key][..., 0].astype(bool) for example in dataset.as_numpy_iterator()]
 
 
 def train_batches(

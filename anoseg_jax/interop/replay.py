@@ -20,14 +20,13 @@ from anoseg_jax.method import train, train_state
 from anoseg_jax.method.train_state import StaticOptions, TrainState
 from anoseg_jax.running import files, versions
 
-FORMAT = "anoseg_jax replay 2"
-PLAYERS = ("generator", "discriminator")
+FORMAT = "anoseg_jax replay 3"
 
 
 def network_outputs(
     state: TrainState, examples: Mapping[str, Array], *, static: StaticOptions
 ) -> dict[str, Array]:
-    """Returns what the networks put out for training examples.
+    """Returns the outputs of the networks for training examples.
 
     `logits` of the anomaly maps [b, h, w], `reconstructions` [b, h, w, 3], and with an adversarial
     loss the discriminator's logits of generated and of real pairs, `fake_logits`, `real_logits`.
@@ -52,46 +51,35 @@ def step(
     *,
     static: StaticOptions,
 ) -> tuple[TrainState, dict[str, Array], dict[str, Any], dict[str, Array]]:
-    """One training step of both players on given examples; pure. See train.train_step.
-
-    Args:
-      state: the training state.
-      examples: those of `train.make_examples`, and their `bank_distances` (None without a bank).
-      options: the arrays of `train_state.split_options`.
-      static: the static options; `accumulate` does not count.
+    """Runs one training step on examples, `static.accumulate` aside; pure.
 
     Returns:
-      The next state; loss terms and gradient norms; each player's gradients, before clipping; and
+      The next state; loss terms and gradient norms; gradients by player, before clipping; and
       `network_outputs`.
     """
     outputs = network_outputs(state, examples, static=static)
-    *gradients, metrics = train.players_gradients(
-        partial(train.loss_fn, weights=options["loss"], static=static),
-        state.generator,
-        state.discriminator,
-        examples,
+    state, metrics, gradients = train.update_players(
+        state, examples, options, loss_fn=train.loss_fn, static=static._replace(accumulate=1)
     )
-    for player, gradient in zip(PLAYERS, gradients, strict=True):
-        metrics[f"gradient_norm_{player}"] = optax.global_norm(gradient)
-    state = train_state.apply_gradients(state, *gradients, options["optimizer"])
-    return state, metrics, dict(zip(PLAYERS, gradients, strict=True)), outputs
+    return state, metrics, dict(zip(state.PLAYERS, gradients, strict=True)), outputs
 
 
 def by_name(state: TrainState, gradients: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """Returns a state and the gradients that led to it, by kind and name.
 
-    Each kind is a state_dict of both players (torch_weights.to_torch): `weights`, which have the
-    memory bank as well; `average`, of the generator's; `gradients`; and Adam's averages of these
+    Each kind is a state_dict of both players (torch_weights.to_torch): `weights`, with the memory
+    bank; `average`, of the generator's weights; `gradients`; and Adam's averages of the gradients
     (`first_moment`) and of their squares (`second_moment`).
     """
-    params = {"generator": state.generator, "discriminator": state.discriminator}
-    optimizers = {"generator": state.generator_opt, "discriminator": state.discriminator_opt}
+    params = {player: getattr(state, player) for player in state.PLAYERS}
 
     def moments(name: str) -> dict[str, Any]:
         # The optimizers are flat (train_state.create_optimizers): one vector for each player.
         return {
-            player: ravel_pytree(params[player])[1](optax.tree.get(optimizers[player], name))
-            for player in PLAYERS
+            player: ravel_pytree(params[player])[1](
+                optax.tree.get(getattr(state, f"{player}_opt"), name)
+            )
+            for player in state.PLAYERS
         }
 
     generator = torch_weights.generator_arrays(state.generator, state.memory_bank)
@@ -121,9 +109,9 @@ def in_words(config: ConfigDict) -> dict[str, str]:
         "loss": f"{loss.segmentation_weight:g} x segmentation ({loss.segmentation}) + "
         f"{loss.reconstruction_weight:g} x reconstruction + "
         f"{loss.adversarial_weight:g} x adversarial ({loss.adversarial}); the discriminator's loss "
-        "is its own side of the adversarial loss; a term of weight 0 is not computed",
+        "is the other side of the adversarial loss; a term of weight 0 is not computed",
         "gradients": "of each player's own loss by its own weights, both from one forward pass; "
-        f"scaled down to a global norm of {config.clip_norm:g} where it is larger",
+        f"scaled down to a global norm of {config.clip_norm:g} if it is larger",
         "learning_rate": f"from {rate} / {warmup + 1} at the first step linearly to {rate} after "
         f"{warmup} steps, then half a cosine, 0 after {decay}; step n (from 1) has that of n - 1",
         "generator": "AdamW, beta1 0.9, beta2 0.999, epsilon 1e-8 (added to the corrected root), "
@@ -137,11 +125,11 @@ def in_words(config: ConfigDict) -> dict[str, str]:
     }
     if bank.size:
         words["memory_bank"] = (
-            f"{bank.size} patches at each of two scales (generator.memory, "
-            "generator.coarse_memory); no step changes it. The anomaly head's input has the "
-            "standardized distances to the fine scale, leave-one-out by image_ids: the batches "
-            "have them as bank_distances. Only prediction adds the distances of both scales to "
-            f"the logits, times {bank.distance_weights[0]:g} and {bank.distance_weights[1]:g}"
+            f"{bank.size} patches at each of two scales (generator.memory_bank.fine and .coarse); "
+            "no step changes it. The anomaly head's input has the standardized distances to the "
+            "fine scale, leave-one-out by image_ids: the batches have them as bank_distances. Only "
+            "prediction adds the distances of both scales to the logits, times "
+            f"{bank.distance_weights[0]:g} and {bank.distance_weights[1]:g}"
         )
     return words
 
@@ -149,31 +137,21 @@ def in_words(config: ConfigDict) -> dict[str, str]:
 def export(config: ConfigDict, images: np.ndarray, folder: Path) -> None:
     """Trains for `config.num_steps` steps as `train.fit` does, on one device, and writes each step.
 
-    Args:
-      config: the options of one category.
-      images: all good images, sorted, uint8 [n, h, w, 3]; `config.held_out` of them are not trained
-        on.
-      folder: where replay.json and the safetensors files are written; existing ones are replaced.
+    `config` and `images` are those of `train.fit`. Files in `folder` are replaced.
     """
     static, options = train_state.split_options(config)
-    init_key, step_key = train_state.seed_keys(config.seed)
-    image_ids = batches.assign_image_ids(images)
-    kept, _ = batches.hold_out(image_ids, fraction=config.held_out, seed=config.seed)
-    arrays = {"image": images[kept], "image_id": image_ids[kept]}
-    create = train_state.jit_once(train_state.create_state, "static", "image_size")
-    state = create(init_key, options, static=static, image_size=tuple(config.image_size))
-    if static.grid:
-        bank = train.build_memory_bank(config, arrays["image"], arrays["image_id"])
-        state = state.replace(memory_bank=bank)
+    _, step_key = train_state.seed_keys(config.seed)
+    arrays, _ = train.split_images(config, images)
+    state, _ = train.starting_point(config, arrays, train.images_sha256(images), saved=None)
     metadata = {"config": json.loads(config.to_json())}
-    weights = by_name(state, {})["weights"]
-    torch_weights.save(folder / "initial.safetensors", weights, metadata)
+    torch_weights.save(folder / "initial.safetensors", by_name(state, {})["weights"], metadata)
 
     run_step = jax.jit(partial(step, static=static))
     bank_distances = jax.jit(partial(train.bank_distances, static=static))
     train_batches = batches.train_batches(arrays, 0, batch_size=config.batch_size, seed=config.seed)
     steps = []
     for number, batch in zip(range(1, config.num_steps + 1), train_batches, strict=False):
+        # As in train.train_step, but the examples are fetched before the step runs on them.
         key = jax.random.fold_in(step_key, number - 1)
         examples = train.jitted_make_examples(key, batch, options, static=static)
         examples["bank_distances"] = bank_distances(

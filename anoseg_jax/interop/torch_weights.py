@@ -28,19 +28,12 @@ from anoseg_jax.method import detector, memory_bank, train_state
 from anoseg_jax.method.memory_bank import MemoryBank
 from anoseg_jax.running import checkpoint, files
 
-# Names of modules, parameters and memory banks here, and in PyTorch; all others are the same.
+# Names of modules and parameters here, and in PyTorch; all others are the same.
 NAMES = (
     (r"\bConvBlock_(\d+)\.Conv_0\b", r"blocks.\1.conv"),
     (r"\bConvBlock_(\d+)\.GroupNorm_0\b", r"blocks.\1.norm"),
     (r"\bConv_(\d+)\b", r"convs.\1"),
     (r"\bReconstructor_0\b", "reconstructor"),  # the detector's; the generator's has a name
-    (r"\banomaly_head\b", "map_head"),
-    (r"\bmemory_bank\.fine\b", "memory"),
-    (r"\bmemory_bank\.coarse\b", "coarse_memory"),
-    (r"\.patch_image_ids$", ".source"),
-    (r"\.position_scale$", ".place"),
-    (r"\.distance_mean$", ".centre"),
-    (r"\.distance_std$", ".spread"),
     (r"\.(kernel|scale)$", ".weight"),
 )
 
@@ -60,7 +53,7 @@ def torch_name(path: tuple[str, ...]) -> str:
 def axes(path: tuple[str, ...], ndim: int) -> tuple[int, ...]:
     """Returns the order of an array's axes in PyTorch.
 
-    Kernels are transposed, HWIO -> OIHW or [in, out] -> [out, in]. All other arrays are not.
+    Only kernels are transposed: HWIO -> OIHW, or [in, out] -> [out, in].
     """
     if path[-1] != "kernel":
         return tuple(range(ndim))
@@ -75,9 +68,8 @@ def generator_arrays(params: Mapping[str, Any], bank: MemoryBank | None) -> dict
 def to_torch(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Returns nested dicts of arrays as a state_dict of numpy arrays.
 
-    Args:
-      arrays: Flax parameters, or those of several networks: {"generator": `generator_arrays`,
-        "discriminator": ...}, whose names then come first.
+    `arrays` are Flax parameters, or those of several networks: {"generator": `generator_arrays`,
+    "discriminator": ...}, whose names then come first.
     """
     flat = flatten_dict(jax.device_get(arrays))
     return {
@@ -89,23 +81,18 @@ def to_torch(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def from_torch(state_dict: Mapping[str, np.ndarray], template: Mapping[str, Any]) -> dict:
     """Returns the nested dicts of a state_dict: the inverse of `to_torch`, to the bit.
 
-    Args:
-      state_dict: numpy arrays by name.
-      template: the same nested dicts, of arrays or of what `jax.eval_shape` returns.
+    `template` has arrays or shapes (`jax.eval_shape`) in the result's structure.
 
-    Raises:
-      WeightsError: names, shapes or dtypes differ from the template's; all of them are listed.
+    Raises WeightsError, listing all names, shapes and dtypes that differ from the template's.
     """
     flat = flatten_dict(template)
     names = {torch_name(path): path for path in flat}
     wrong = [f"missing: {name}" for name in names if name not in state_dict]
     wrong += [f"not known: {name}" for name in state_dict if name not in names]
     arrays = {}
-    for name, path in names.items():
-        if name not in state_dict:
-            continue
-        array, leaf = np.asarray(state_dict[name]), flat[path]
-        order = axes(path, len(leaf.shape))
+    for name in names.keys() & state_dict.keys():
+        path, array = names[name], np.asarray(state_dict[name])
+        leaf, order = flat[path], axes(path, len(flat[path].shape))
         expected = tuple(leaf.shape[i] for i in order)
         if array.shape != expected or array.dtype != leaf.dtype:
             wrong.append(
@@ -114,8 +101,8 @@ def from_torch(state_dict: Mapping[str, np.ndarray], template: Mapping[str, Any]
             continue
         arrays[path] = np.array(np.transpose(array, np.argsort(order)), order="C")
     if wrong:
-        raise WeightsError("\n".join(wrong))
-    return unflatten_dict(arrays)
+        raise WeightsError("\n".join(sorted(wrong)))
+    return unflatten_dict({path: arrays[path] for path in flat})
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
@@ -161,7 +148,7 @@ def export_checkpoint(folder: Path, path: Path) -> None:
 
 
 def import_checkpoint(path: Path, folder: Path) -> None:
-    """Makes a checkpoint of a file's weights, in a folder that has no checkpoints.
+    """Makes a checkpoint from a file's weights, in a folder that has no checkpoints.
 
     The file's metadata must have `config`; for a detector also `record`, with the
     `generator_sha256` of the generator that it was trained for. Without `step` the weights are of
@@ -183,26 +170,23 @@ def import_checkpoint(path: Path, folder: Path) -> None:
         raise WeightsError(f"{folder} has checkpoints: name a folder without")
     config, step = ConfigDict(metadata["config"]), metadata.get("step", 0)
     record = {"train_seconds": 0.0, "images_sha256": "unknown"} | metadata.get("record", {})
-    network = "generator"
-    if any(name.startswith("detector.") for name in arrays):
-        network = "detector"
-        if "generator_sha256" not in record:
-            raise WeightsError(f"{path}: no record with generator_sha256 among its metadata")
-    template = (detector if network == "detector" else train_state).template(config)
-    shapes = {network: getattr(template, network), "discriminator": template.discriminator}
-    if network == "generator":
+    is_detector = any(name.startswith("detector.") for name in arrays)
+    if is_detector and "generator_sha256" not in record:
+        raise WeightsError(f"{path}: no record with generator_sha256 among its metadata")
+    template = (detector if is_detector else train_state).template(config)
+
+    shapes = {player: getattr(template, player) for player in template.PLAYERS}
+    if not is_detector:
         shapes["generator"] = generator_arrays(template.generator, template.memory_bank)
     params = from_torch(arrays, shapes)
-
     # The counts of steps (the schedule's, Adam's) continue from `step`.
     state = jax.tree.map(
         lambda x: np.full(x.shape, step if x.dtype.kind == "i" else 0, x.dtype), template
     )
-    if network == "generator":
+    if not is_detector:
         bank = params["generator"].pop("memory_bank", None)
         state = state.replace(memory_bank=memory_bank.from_dicts(bank))
-    weights = {network: params[network], "ema": params[network]}
-    state = state.replace(**weights, discriminator=params["discriminator"])
+    state = state.replace(**params, ema=params[template.PLAYERS[0]])
     with checkpoint.open_manager(folder / "checkpoints") as manager:
         checkpoint.save(manager, state, step, config=metadata["config"], record=record)
     files.write_text(folder / "config.json", config.to_json(indent=2) + "\n")

@@ -38,25 +38,17 @@ def augment(
     key: Array,
     image: Array,
     *,
-    flip_horizontal: Array | bool = False,
-    flip_vertical: Array | bool = False,
-    rotation: Array | float = 0.0,
-    shift: Array | float = 0.0,
-    brightness: Array | float = 0.0,
+    flip_horizontal: Array,
+    flip_vertical: Array,
+    rotation: Array,
+    shift: Array,
+    brightness: Array,
 ) -> Array:
     """Flips, rotates, shifts and brightens a good image at random: [h, w, 3] in [0, 1].
 
-    Every option is a Python value or a scalar array. Under `jax.vmap` over images, leave the
-    options unbatched: images are then warped only where `rotation` or `shift` asks for it.
-
-    Args:
-      key: a PRNG key; the result depends on the key, the image and the options alone.
-      image: float [h, w, 3] in [0, 1].
-      flip_horizontal: mirrors left and right in half of the draws.
-      flip_vertical: mirrors top and bottom in half of the draws.
-      rotation: largest angle, in degrees, in both directions.
-      shift: largest shift, as a fraction of the height and of the width, in both directions.
-      brightness: largest relative change of brightness, in both directions.
+    The options are scalars, those of `config.augment`; 0 is off. Flips happen in half of the draws.
+    The others are the largest change, either way. Under `jax.vmap` over images, leave the options
+    unbatched: images are then warped only if `rotation` or `shift` is on.
     """
     h, w, _ = image.shape
     uniforms = jax.random.uniform(key, (6,))

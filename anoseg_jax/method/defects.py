@@ -1,13 +1,14 @@
 """Synthetic defects: `(key, image, *, other, allowed_region, **options) -> (image, mask)`.
 
 One image at a time, float [h, w, 3] in [0, 1]. Masks are float [h, w] in {0, 1}, 1 = anomalous.
-`other` is another good image (default: the image itself). `allowed_region` [h, w] (bool) is where
-a defect may start (default: the whole image). The key alone decides what is drawn. A mask marks
-exactly the pixels that differ from the good image: outside the mask both are equal to the bit,
-inside they differ by at least `min_change` standard deviations of the image in a channel.
+`other` is another good image. A defect may start in `allowed_region` [h, w] (bool). What is drawn
+depends on the key alone. A mask marks exactly the pixels that differ from the good image: outside
+the mask both are equal to the bit, inside they differ by at least `min_change` standard deviations
+of the image in some channel.
 
-Options may be traced, except `STATIC_OPTIONS`: categories that differ in the others share one
-compiled program. To compile fast, a defect takes all its random numbers from one draw.
+Options are those of `config.defects`; configs/default.py has their values and units. They may be
+traced, except `STATIC_OPTIONS`: categories that differ in the others share one compiled program. To
+compile fast, a defect takes all its random numbers from one draw.
 """
 
 from collections.abc import Mapping
@@ -58,34 +59,29 @@ def visible(image: Array, defective: Array, min_change: Float) -> tuple[Array, A
     return jnp.where(changed[..., None], defective, image), changed.astype(image.dtype)
 
 
-def whole(image: Array, allowed_region: Array | None) -> Array:
-    """Returns the allowed region [h, w] (bool); None stands for the whole image."""
-    return jnp.ones(image.shape[:2], bool) if allowed_region is None else allowed_region
-
-
 def paste_regions(
     uniforms: Array,
     image: Array,
-    source: Array,
-    allowed_region: Array | None,
+    copy: Array,
+    allowed_region: Array,
     *,
-    area: Range = (0.0005, 0.05),
-    aspect: Float = 16.0,
-    opacity: Range = (0.3, 1.0),
-    min_change: Float = 0.5,
+    area: Range,
+    aspect: Float,
+    opacity: Range,
+    min_change: Float,
 ) -> tuple[Array, Array]:
-    """Cuts 1 to `regions` rectangles from `source` and pastes them elsewhere into the image.
+    """Cuts 1 to `regions` rectangles from a changed copy of the image and pastes them elsewhere.
 
-    Takes [1 + regions, 7] uniforms. `area` and `aspect` are those of `rectangle`, `min_change` is
-    that of `visible`, `opacity` is the smallest and largest of a rectangle.
+    Takes [1 + regions, 7] uniforms. `area` and `aspect` are those of `rectangle`; `opacity` is the
+    smallest and largest of a rectangle.
     """
     regions = len(uniforms) - 1
     count = 1 + integer(uniforms[0, 0], regions)
     shape = partial(rectangle, area=area, aspect=aspect)
-    masks = jax.vmap(shape, in_axes=(0, None))(uniforms[1:, :4], whole(image, allowed_region))
+    masks = jax.vmap(shape, in_axes=(0, None))(uniforms[1:, :4], allowed_region)
     masks &= (jnp.arange(regions) < count)[:, None, None]
     alpha = (masks * between(uniforms[1:, 4], opacity)[:, None, None])[..., None]
-    pieces = jax.vmap(roll, in_axes=(0, None))(uniforms[1:, 5:], source)
+    pieces = jax.vmap(roll, in_axes=(0, None))(uniforms[1:, 5:], copy)
     defective = image
     for index in range(regions):
         defective += alpha[index] * (pieces[index] - defective)
@@ -93,17 +89,11 @@ def paste_regions(
 
 
 def cut_and_paste(
-    key: Array,
-    image: Array,
-    *,
-    other: Array | None = None,  # noqa: ARG001
-    allowed_region: Array | None = None,
-    regions: int = 3,
-    **paste: Any,
+    key: Array, image: Array, *, other: Array, allowed_region: Array, regions: int, **paste: Any
 ) -> tuple[Array, Array]:
     """Cuts up to `regions` rectangles from the image and pastes them elsewhere into it.
 
-    `paste` takes the options of `paste_regions`.
+    `paste` are the options of `paste_regions`.
     """
     (uniforms,) = draw(key, image, (1 + regions, 7))
     return paste_regions(uniforms, image, image, allowed_region, **paste)
@@ -113,24 +103,24 @@ def hard_augmentation(
     key: Array,
     image: Array,
     *,
-    other: Array | None = None,  # noqa: ARG001
-    allowed_region: Array | None = None,
-    rotate_probability: Float = 0.5,
-    permute_probability: Float = 0.5,
-    jitter_probability: Float = 0.5,
-    regions: int = 3,
-    grid: int = 4,
-    brightness: Float = 0.5,
-    contrast: Float = 0.5,
-    saturation: Float = 0.5,
-    hue: Float = 90.0,
+    other: Array,
+    allowed_region: Array,
+    rotate_probability: Float,
+    permute_probability: Float,
+    jitter_probability: Float,
+    regions: int,
+    grid: int,
+    brightness: Float,
+    contrast: Float,
+    saturation: Float,
+    hue: Float,
     **paste: Any,
 ) -> tuple[Array, Array]:
     """The paper's hard augmentation: pastes regions of a rotated, permuted, colour-jittered copy.
 
     Each of the three happens with its own probability. `grid` is that of `permute`; `brightness`
     to `hue` are those of `jitter_color`; `regions` and `paste` are those of `cut_and_paste`. The
-    paper gives no values: all defaults are choices of this project.
+    paper (arXiv 2110.03396) gives no values: all are choices of this project.
     """
     happens, turn, order, color, uniforms = draw(
         key, image, (3,), (), (grid**2,), (4,), (1 + regions, 7)
@@ -146,13 +136,13 @@ def foreign_texture(
     key: Array,
     image: Array,
     *,
-    other: Array | None = None,
-    allowed_region: Array | None = None,
-    depth: Range = (0.1, 1.0),
-    softness: Float = 0.5,
-    opacity: Range = (0.2, 1.0),
-    brightness: Float = 0.5,
-    min_change: Float = 0.3,
+    other: Array,
+    allowed_region: Array,
+    depth: Range,
+    softness: Float,
+    opacity: Range,
+    brightness: Float,
+    min_change: Float,
 ) -> tuple[Array, Array]:
     """Blends in smooth random shapes of another image: rotated, shifted, colour-jittered.
 
@@ -160,9 +150,9 @@ def foreign_texture(
     brightness and contrast.
     """
     shape, turn, shift, color, alpha = draw(key, image, (BLOB_NUMBERS,), (), (2,), (4,), ())
-    piece = roll(shift, rotate(turn, image if other is None else other))
+    piece = roll(shift, rotate(turn, other))
     piece = jitter_color(color, piece, (brightness, brightness, 0.5, 60.0))
-    shapes = blob(shape, whole(image, allowed_region), depth=depth, softness=softness)
+    shapes = blob(shape, allowed_region, depth=depth, softness=softness)
     alpha = between(alpha, opacity) * shapes
     return visible(image, image + alpha[..., None] * (piece - image), min_change)
 
@@ -171,13 +161,13 @@ def scratch(
     key: Array,
     image: Array,
     *,
-    other: Array | None = None,  # noqa: ARG001
-    allowed_region: Array | None = None,
-    lines: int = 3,
-    length: Range = (0.03, 0.6),
-    thickness: Range = (0.006, 0.025),
-    amount: Range = (0.3, 3.0),
-    min_change: Float = 0.3,
+    other: Array,
+    allowed_region: Array,
+    lines: int,
+    length: Range,
+    thickness: Range,
+    amount: Range,
+    min_change: Float,
 ) -> tuple[Array, Array]:
     """Draws 1 to `lines` thin bent lines, lighter or darker than the image.
 
@@ -185,7 +175,7 @@ def scratch(
     """
     count, color, uniforms = draw(key, image, (), (5,), (lines, 5))
     shape = partial(curve, length=length, thickness=thickness)
-    curves = jax.vmap(shape, in_axes=(0, None))(uniforms, whole(image, allowed_region))
+    curves = jax.vmap(shape, in_axes=(0, None))(uniforms, allowed_region)
     drawn = jnp.arange(lines) < 1 + integer(count, lines)
     alpha = jnp.max(curves * drawn[:, None, None], axis=0)
     piece = tint(color, image, amount=amount)
@@ -196,13 +186,13 @@ def local_change(
     key: Array,
     image: Array,
     *,
-    other: Array | None = None,  # noqa: ARG001
-    allowed_region: Array | None = None,
-    depth: Range = (0.1, 1.5),
-    softness: Float = 1.0,
-    amount: Range = (0.3, 3.0),
-    radius: int = 3,
-    min_change: Float = 0.3,
+    other: Array,
+    allowed_region: Array,
+    radius: int,
+    amount: Range,
+    depth: Range,
+    softness: Float,
+    min_change: Float,
 ) -> tuple[Array, Array]:
     """Blurs the image, adds noise to it, or makes it lighter or darker, in smooth random shapes.
 
@@ -221,11 +211,11 @@ def local_change(
         jnp.clip(noisy, 0, 1),
         tint(color, image, amount=amount),
     )
-    shapes = blob(shape, whole(image, allowed_region), depth=depth, softness=softness)
+    shapes = blob(shape, allowed_region, depth=depth, softness=softness)
     return visible(image, image + shapes[..., None] * (piece - image), min_change)
 
 
-# Every kind of defect: `config.defects.<name>` holds its options, the tests pick it up from here.
+# Every kind of defect: `config.defects.<name>` holds its options; the tests run over this dict.
 DEFECTS = {
     "cut_and_paste": cut_and_paste,
     "hard_augmentation": hard_augmentation,
@@ -244,7 +234,7 @@ class Preset(NamedTuple):
 
 # Values of `config.defects.preset`.
 PRESETS = {
-    # A bit of all, for products that are not known.
+    # Some of each, for unknown products.
     "default": Preset(
         {"hard_augmentation": 4, "foreign_texture": 2, "scratch": 2, "local_change": 2}, True
     ),
@@ -265,9 +255,9 @@ def split_options(config_defects: Mapping[str, Any]) -> tuple[FrozenDict, dict[s
     """Splits `config.defects` into static options and arrays, for the kinds that its preset draws.
 
     Returns:
-      The kinds in the order of `DEFECTS` with their static options: hashable, and equal where the
+      The kinds in the order of `DEFECTS` with their static options: hashable, and equal if the
       compiled program is. Then float32 arrays: "shares" [k] of the kinds in that order,
-      "normal_fraction", "on_object" (0 or 1; preset and config must both ask for it), and
+      "normal_fraction", "on_object" (1 if preset and config both ask for it, else 0), and
       "options" by kind and name.
     """
     preset = PRESETS[config_defects["preset"]]
@@ -289,30 +279,22 @@ def split_options(config_defects: Mapping[str, Any]) -> tuple[FrozenDict, dict[s
     return FrozenDict(static), arrays
 
 
-ANYWHERE = 0.1  # share of the images whose defects may lie on the background, too
+ANYWHERE = 0.1  # share of the images whose defects may also lie on the background
 
 
 def synthesize(
     key: Array,
     image: Array,
     *,
-    other: Array | None = None,
+    other: Array,
     static: Mapping[str, Mapping[str, int]],
     arrays: Mapping[str, Any],
 ) -> tuple[Array, Array]:
-    """Draws a kind of defect and applies it, or leaves the image normal.
+    """Draws a kind of defect and applies it; returns the image [h, w, 3] and its mask [h, w].
 
-    Args:
-      key: a PRNG key.
-      image: float [h, w, 3] in [0, 1].
-      other: another good image of that shape; None: the image itself.
-      static: static options, see `split_options`.
-      arrays: options that may be traced, see `split_options`. "normal_fraction" is the probability
-        that the image is left normal and its mask empty. With "on_object", defects start on the
-        object, if it lies on a plain background (`find_object`), in all but a tenth of the images.
-
-    Returns:
-      The image [h, w, 3] and its defect mask [h, w].
+    `static` and `arrays` are those of `split_options`. "normal_fraction" is the probability that
+    the image is left normal, with an empty mask. With "on_object", if the background is plain
+    (`find_object`), defects start on the object in all but a tenth of the images.
     """
     choice_key, defect_key = jax.random.split(key)
     kind, normal, anywhere = jax.random.uniform(choice_key, (3,))
@@ -320,7 +302,7 @@ def synthesize(
     draws = [
         partial(
             DEFECTS[name],
-            other=image if other is None else other,
+            other=other,
             allowed_region=allowed_region,
             **options,
             **arrays["options"][name],

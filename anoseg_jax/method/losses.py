@@ -2,8 +2,11 @@
 
 All return a scalar: the mean over the examples of a value that depends on one example alone, so
 that the mean over devices equals the value of the whole batch. Masks and maps are [b, h, w],
-1 = anomalous; the paper's masks are the other way round.
+1 = anomalous; in the paper (arXiv 2110.03396) 1 = normal.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +24,13 @@ def segmentation_bce(*, logits: Array, masks: Array) -> Array:
     return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, masks))
 
 
-def segmentation_focal(*, logits: Array, masks: Array, alpha: float = 0.75) -> Array:
-    """Mean focal loss with gamma = 2 (Lin et al., arXiv 1708.02002), scaled by 4.
+def segmentation_focal(*, logits: Array, masks: Array) -> Array:
+    """Mean focal loss (Lin et al., arXiv 1708.02002) with gamma = 2 and alpha = 0.75, times 4.
 
-    `alpha` is the weight of the anomalous pixels, 1 - alpha that of the normal ones. The scale puts
-    it in the range of the other segmentation losses, so that they can share one weight.
+    Anomalous pixels have the weight alpha, normal ones 1 - alpha: anomalous ones are rare. The
+    factor gives it the range of the other segmentation losses, so that all can share one weight.
     """
-    return 4 * jnp.mean(optax.sigmoid_focal_loss(logits, masks, alpha=alpha, gamma=2.0))
+    return 4 * jnp.mean(optax.sigmoid_focal_loss(logits, masks, alpha=0.75, gamma=2.0))
 
 
 def masked_reconstruction(*, reconstructions: Array, images: Array, masks: Array) -> Array:
@@ -67,3 +70,23 @@ ADVERSARIAL = {
     "bce": (adversarial_bce, discriminator_bce),
     "hinge": (adversarial_hinge, discriminator_hinge),
 }
+
+
+def adversarial(
+    discriminator_fn: Callable[..., Array],
+    params: Any,
+    *,
+    kind: str,
+    fake: tuple[Array, Array],
+    real: tuple[Array, Array],
+) -> tuple[Array, Array]:
+    """Returns the losses of the network that makes the fake pairs, and of the discriminator.
+
+    `discriminator_fn` maps parameters, images [b, h, w, 3] and maps [b, h, w] to logits; `fake` and
+    `real` are such pairs of images and maps.
+    """
+    network_side, discriminator_side = ADVERSARIAL[kind]
+    fake_logits, real_logits = (discriminator_fn(params, *pair) for pair in (fake, real))
+    return network_side(fake_logits=fake_logits), discriminator_side(
+        real_logits=real_logits, fake_logits=fake_logits
+    )

@@ -1,7 +1,15 @@
 """The networks of AnoSeg: generator, discriminator and image-level detector.
 
-Images are float [b, h, w, 3] in [0, 1]; anomaly maps are float [b, h, w], 1 = anomalous. The layer
-tables are this project's choice: the paper's are not known to it (docs/method.md).
+Images are float [b, h, w, 3] in [0, 1]; anomaly maps are float [b, h, w], 1 = anomalous.
+
+The paper (arXiv 2110.03396) gives the players, their inputs and outputs; its layer tables are not
+known to this project. The layers here are choices of this project (docs/method.md):
+
+  width: channels at half the image's size; doubled at each halving, up to eight times.
+  depth: number of halvings; height and width must be multiples of 2**depth.
+  latent: channels of a reconstructor's bottleneck.
+  coords: the coordinate channels are appended to the input.
+  dtype: of the computation; parameters and outputs are float32.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +26,7 @@ Dtype = Any
 def add_coords(images: Array) -> Array:
     """Appends the two coordinate channels (row, column), each from -1 to 1: [b, h, w, c + 2].
 
-    The third part of the method (arXiv 2110.03396): a convolution cannot know where it is.
+    The third part of the method: a convolution alone does not know its position in the image.
     """
     b, h, w, _ = images.shape
     rows = jnp.broadcast_to(jnp.linspace(-1, 1, h, dtype=images.dtype)[:, None], (h, w))
@@ -27,18 +35,18 @@ def add_coords(images: Array) -> Array:
     return jnp.concatenate([images, coords], axis=-1)
 
 
-def space_to_depth(x: Array, block: int = 2) -> Array:
-    """Folds each block x block square of pixels into channels: [b, h/n, w/n, c * n * n]."""
+def space_to_depth(x: Array) -> Array:
+    """Folds each 2x2 square of pixels into channels: [b, h/2, w/2, 4c]."""
     b, h, w, c = x.shape
-    x = x.reshape(b, h // block, block, w // block, block, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // block, w // block, block * block * c)
+    x = x.reshape(b, h // 2, 2, w // 2, 2, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // 2, w // 2, 4 * c)
 
 
-def depth_to_space(x: Array, block: int = 2) -> Array:
-    """Inverse of `space_to_depth`: [b, h * n, w * n, c / (n * n)]."""
+def depth_to_space(x: Array) -> Array:
+    """Inverse of `space_to_depth`: [b, 2h, 2w, c/4]."""
     b, h, w, c = x.shape
-    x = x.reshape(b, h, w, block, block, c // (block * block))
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * block, w * block, c // (block * block))
+    x = x.reshape(b, h, w, 2, 2, c // 4)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, c // 4)
 
 
 def upsample(x: Array) -> Array:
@@ -48,9 +56,14 @@ def upsample(x: Array) -> Array:
     return x.reshape(b, 2 * h, 2 * w, c)
 
 
-def at_least_float32(dtype: Any) -> Any:
+def at_least_float32(dtype: Dtype) -> Dtype:
     """Returns the dtype, or float32 if it is narrower."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def level_widths(width: int, depth: int) -> list[int]:
+    """Returns the channels at half the image's size, a quarter ... (see `width` above)."""
+    return [width * min(2**level, 8) for level in range(depth)]
 
 
 class ConvBlock(nn.Module):
@@ -94,7 +107,7 @@ class Reconstructor(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps [b, h, w, c] to [b, h, w, outputs] around 0.5, in float32, not clipped."""
         x = space_to_depth(x.astype(self.dtype))  # [b, h/2, w/2, 4c]
-        widths = [self.width * min(2**level, 8) for level in range(self.depth)]
+        widths = level_widths(self.width, self.depth)
         x = ConvBlock(widths[0], dtype=self.dtype)(x)
         for features in widths[1:]:
             x = ConvBlock(features, stride=2, dtype=self.dtype)(x)
@@ -125,7 +138,7 @@ class AnomalyHead(nn.Module):
         x = space_to_depth(x.astype(self.dtype))  # [b, h/2, w/2, 4c]
         if extra_features is not None:
             x = jnp.concatenate([x, extra_features.astype(self.dtype)], axis=-1)
-        widths = [self.width * min(2**level, 8) for level in range(self.depth)]
+        widths = level_widths(self.width, self.depth)
         x = ConvBlock(widths[0], dtype=self.dtype)(x)
         skips = []
         for features in widths[1:]:
@@ -148,18 +161,12 @@ class AnomalyHead(nn.Module):
 class Generator(nn.Module):
     """Predicts an anomaly map and a reconstruction of the image.
 
-    Attributes:
-      width: channels at half the image's size; doubled at each halving, up to eight times.
-      depth: number of halvings; height and width must be multiples of 2**depth.
-      latent: channels of the reconstruction's bottleneck.
-      coords: appends the coordinate channels to the input.
-      reconstruct: has a reconstructor; without one the image takes the reconstruction's place.
-      dtype: of the computation; parameters and outputs are float32.
+    Without `reconstruct` there is no reconstructor; the image is its own reconstruction.
     """
 
-    width: int = 32
-    depth: int = 4
-    latent: int = 32
+    width: int
+    depth: int
+    latent: int
     coords: bool = True
     reconstruct: bool = True
     dtype: Dtype = jnp.float32
@@ -169,7 +176,7 @@ class Generator(nn.Module):
         """Returns the map's logits [b, h, w] and the reconstruction [b, h, w, 3], both float32.
 
         `bank_distances` [b, rows, columns] (memory_bank.standardized_distances) are a further input
-        of the anomaly head; None where there is no memory bank.
+        of the anomaly head; None without a memory bank.
         """
         check_size(images.shape[1:3], self.depth)
         x = 2 * images - 1
@@ -194,10 +201,13 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """PatchGAN discriminator of (image, anomaly map) pairs: real or generated, for each patch."""
+    """Discriminator of (image, anomaly map) pairs: real or generated, for each patch.
 
-    width: int = 32
-    depth: int = 4
+    A PatchGAN (Isola et al., arXiv 1611.07004), because defects are local.
+    """
+
+    width: int
+    depth: int
     coords: bool = True
     dtype: Dtype = jnp.float32
 
@@ -214,9 +224,8 @@ class Discriminator(nn.Module):
         x = add_coords(x) if self.coords else x
         x = space_to_depth(x.astype(self.dtype))  # [b, h/2, w/2, 4c]
         levels = [nn.leaky_relu(nn.Conv(self.width, (3, 3), dtype=self.dtype)(x), 0.2)]
-        for level in range(1, self.depth):
-            block = ConvBlock(self.width * min(2**level, 8), stride=2, dtype=self.dtype)
-            levels.append(block(levels[-1]))
+        for channels in level_widths(self.width, self.depth)[1:]:
+            levels.append(ConvBlock(channels, stride=2, dtype=self.dtype)(levels[-1]))
         logits = nn.Conv(1, (3, 3), dtype=at_least_float32(self.dtype))(levels[-1])[..., 0]
         return (logits, levels) if features else logits
 
@@ -226,18 +235,11 @@ class Detector(nn.Module):
 
     It is trained on good parts alone, so that it reconstructs the pairs of defective parts badly.
     The map is an input because a defect that is faint in the image is clear in the map.
-
-    Attributes:
-      width: channels at half the image's size; doubled at each halving, up to eight times.
-      depth: number of halvings; height and width must be multiples of 2**depth.
-      latent: channels of the bottleneck.
-      coords: appends the coordinate channels to the input.
-      dtype: of the computation; parameters and outputs are float32.
     """
 
-    width: int = 32
-    depth: int = 4
-    latent: int = 32
+    width: int
+    depth: int
+    latent: int
     coords: bool = True
     dtype: Dtype = jnp.float32
 
@@ -263,6 +265,12 @@ def check_size(image_size: tuple[int, int], depth: int) -> None:
         )
 
 
+def create_discriminator(model: Mapping[str, Any]) -> nn.Module:
+    """Returns the discriminator that `config.model` describes."""
+    width, depth = model["discriminator_width"], model["discriminator_depth"]
+    return Discriminator(width, depth, model["coords"], jnp.dtype(model["dtype"]))
+
+
 def create(model: Mapping[str, Any], loss: Mapping[str, Any]) -> tuple[nn.Module, nn.Module]:
     """Returns the generator and discriminator that `config.model` and `config.loss` describe.
 
@@ -275,18 +283,15 @@ def create(model: Mapping[str, Any], loss: Mapping[str, Any]) -> tuple[nn.Module
         )
     if model["dtype"] not in ("float32", "bfloat16"):
         raise ValueError(f'model.dtype={model["dtype"]!r} must be "float32" or "bfloat16"')
-    shared = {"coords": model["coords"], "dtype": jnp.dtype(model["dtype"])}
     generator = Generator(
         width=model["width"],
         depth=model["depth"],
         latent=model["latent"],
+        coords=model["coords"],
         reconstruct=bool(loss["reconstruction_weight"] or loss["adversarial_weight"]),
-        **shared,
+        dtype=jnp.dtype(model["dtype"]),
     )
-    discriminator = Discriminator(
-        width=model["discriminator_width"], depth=model["discriminator_depth"], **shared
-    )
-    return generator, discriminator
+    return generator, create_discriminator(model)
 
 
 def create_detector(
@@ -300,12 +305,9 @@ def create_detector(
         raise ValueError(
             f"detector.width={detector['width']} must be a multiple of 8, the groups of GroupNorm"
         )
-    shared = {"coords": model["coords"], "dtype": jnp.dtype(model["dtype"])}
-    return Detector(
-        width=detector["width"], depth=model["depth"], latent=detector["latent"], **shared
-    ), Discriminator(
-        width=model["discriminator_width"], depth=model["discriminator_depth"], **shared
-    )
+    width, latent, depth = detector["width"], detector["latent"], model["depth"]
+    dtype = jnp.dtype(model["dtype"])
+    return Detector(width, depth, latent, model["coords"], dtype), create_discriminator(model)
 
 
 def apply_fn(module: nn.Module, *, remat: bool = False) -> Callable[..., Any]:
@@ -322,7 +324,7 @@ def apply_fn(module: nn.Module, *, remat: bool = False) -> Callable[..., Any]:
 
 
 def count_flops(function: Callable, *inputs: Any) -> float:
-    """Returns the floating-point operations of `function` on inputs of such shapes, as XLA counts.
+    """Returns the floating-point operations of `function` on inputs of these shapes, by XLA.
 
     They are those of the program before optimisation: nothing is compiled or run.
     """

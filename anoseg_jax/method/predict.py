@@ -32,6 +32,14 @@ def bank_options(options: Mapping[str, Any]) -> BankOptions:
     return BankOptions(grid, tuple(map(float, options["distance_weights"])))
 
 
+def variables_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the generator's `params` and `memory_bank` from a checkpoint's state.
+
+    `params` are the averaged weights; `memory_bank` is None if there is no bank.
+    """
+    return {"params": state["ema"], "memory_bank": memory_bank.from_dicts(state["memory_bank"])}
+
+
 def image_scores(maps: Array, top_fraction: float) -> Array:
     """Returns the mean of each map's highest pixels, [b]: `top_fraction` of them, at least one.
 
@@ -46,9 +54,9 @@ def image_scores(maps: Array, top_fraction: float) -> Array:
 def peak_over_median(logits: Array, top_fraction: float) -> Array:
     """Returns how far each map's highest pixels are above its median, in logits, [b].
 
-    The median takes out what raises a whole map alike, such as the light.
+    The median removes what raises a whole map, such as the light.
     """
-    pixels = jnp.sort(logits.reshape(logits.shape[0], -1), axis=1)  # one sort serves both
+    pixels = jnp.sort(logits.reshape(logits.shape[0], -1), axis=1)  # one sort for both
     count, half = max(1, round(top_fraction * pixels.shape[1])), pixels.shape[1] // 2
     # The number of pixels is even: height and width are.
     median = (pixels[:, half - 1] + pixels[:, half]) / 2
@@ -60,7 +68,7 @@ def add_bank_distances(
 ) -> Array:
     """Returns the logits [b, h, w] plus the weighted distances [b, rows, columns], enlarged.
 
-    Prediction alone adds them: the head learns without, and what it has learned from synthetic
+    Only prediction adds them. The head learns without, so that what it learns from synthetic
     defects cannot cancel the evidence of the memory bank.
     """
     for distance, weight in zip(distances, weights, strict=True):
@@ -79,13 +87,8 @@ def generator_logits(
 ) -> tuple[Array, Array]:
     """Returns the logits of the anomaly maps [b, h, w] and the reconstructions [b, h, w, 3].
 
-    Args:
-      params: the generator's parameters.
-      bank: the memory bank, or None.
-      images: float [b, h, w, 3] in [0, 1].
-      image_ids: int32 [b], where the images may be in the bank: distances are leave-one-out.
-      generator: the module.
-      options: of the memory bank.
+    `images` are float [b, h, w, 3] in [0, 1]. If they may be in the bank, give their `image_ids`
+    int32 [b]: distances are then leave-one-out.
     """
     if bank is None:
         return generator.apply({"params": params}, images)
@@ -106,15 +109,9 @@ def predict_fn(
 ) -> tuple[Array, Array, Array]:
     """Returns anomaly maps [b, h, w], image-level scores [b] and reconstructions [b, h, w, 3].
 
-    Args:
-      variables: the generator's `params` and the `memory_bank`, which may be None.
-      images: uint8 [b, h, w, 3].
-      generator: the module.
-      options: of the memory bank.
-      top_fraction: the share of a map's pixels that its score is the mean of.
-
-    All are float32. Maps and reconstructions are in [0, 1], the latter clipped to it; scores
-    (`peak_over_median`) are at least 0.
+    `images` are uint8 [b, h, w, 3]; for `variables` see `variables_of`. All results are float32.
+    Maps and reconstructions are in [0, 1], the latter clipped to it. Scores (`peak_over_median`)
+    are at least 0.
     """
     images = images.astype(jnp.float32) / 255
     logits, reconstructions = generator_logits(
@@ -127,12 +124,9 @@ def predict_fn(
 def feature_distance(observed: Sequence[Array], reconstructed: Sequence[Array]) -> Array:
     """Returns the distance of two pairs in the discriminator's features, [b]; 0 if equal.
 
-    Args:
-      observed: features of the observed pairs, [b, h, w, c] a level.
-      reconstructed: those of the reconstructed pairs.
-
-    It is the root mean square difference of each level, averaged over the levels: squares keep a
-    small defect from being hidden by the small errors of everything else.
+    Both arguments have one array [b, h, w, c] per level. The distance is the root mean square
+    difference of each level, averaged over the levels: squares keep the small errors of everything
+    else from hiding a small defect.
     """
     differences = [
         a.astype(jnp.float32) - b.astype(jnp.float32)
@@ -152,12 +146,8 @@ def detect_fn(
 ) -> Array:
     """Returns the image-level detector's scores [b], float32, at least 0.
 
-    Args:
-      params: of the "detector" and of its "discriminator".
-      images: uint8 [b, h, w, 3].
-      maps: the generator's anomaly maps of them, float [b, h, w] in [0, 1].
-      detector: the module.
-      discriminator: the module that it was trained with.
+    `params` are those of the "detector" and of its "discriminator"; `images` are uint8 [b, h, w,
+    3], `maps` the generator's anomaly maps of them.
     """
     images = images.astype(jnp.float32) / 255
     reconstructed = detector.apply({"params": params["detector"]}, images, maps)
@@ -176,19 +166,24 @@ def replicate(variables: Any) -> Any:
     return jax.tree.map(lambda array: _put(array, sharding), variables)
 
 
-def shard_over_devices(function: Callable, batch_size: int | None = None) -> Callable[..., Any]:
-    """Returns `function` of variables and arrays [b, ...], with the arrays split over all devices.
+@functools.cache
+def shard_over_devices(
+    function: Callable, batch_size: int | None = None, **options: Any
+) -> Callable[..., Any]:
+    """Returns a function of variables and arrays [b, ...], with the arrays split over all devices.
 
     The variables are those of `replicate`; arrays and results are numpy arrays. With `outputs=n`
     only the first n results are fetched. Batches are padded with copies of the last example: to
     `batch_size`, so that one program serves all batches up to it, or with None to a multiple of the
-    devices. Every process must call it with the same, and gets all results.
+    devices. Every process must call it with the same arguments, and gets all results.
+
+    `options` are passed on to `function`. Equal arguments share one compiled program.
     """
     mesh = Mesh(jax.devices(), ("batch",))
     replicated, sharded = (
         NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("batch"))
     )
-    jitted = jax.jit(function, out_shardings=replicated)
+    jitted = jax.jit(partial(function, **options), out_shardings=replicated)
 
     def call(variables: Any, *arrays: np.ndarray, outputs: int | None = None) -> Any:
         count = len(arrays[0])
@@ -202,45 +197,38 @@ def shard_over_devices(function: Callable, batch_size: int | None = None) -> Cal
     return call
 
 
-@functools.cache
-def _sharded(function: Callable, batch_size: int | None, **options: Any) -> Callable[..., Any]:
-    return shard_over_devices(partial(function, **options), batch_size)
-
-
 def sharded_predict_fn(
-    generator: nn.Module,
-    config: Mapping[str, Any],
-    *,
-    batch_size: int | None = None,
-    top_fraction: float | None = None,
+    config: Mapping[str, Any], *, batch_size: int | None = None, top_fraction: float | None = None
 ) -> Callable[..., Any]:
-    """Returns `predict_fn` on all devices (`shard_over_devices`): one program for equal options.
+    """Returns the `predict_fn` of a config on all devices, see `shard_over_devices`.
 
-    `config` has the options `memory_bank` and `evaluate`; batch_size and top_fraction are the
-    latter's unless given.
+    batch_size and top_fraction are those of `config["evaluate"]` unless given.
     """
     options = config["evaluate"]
-    return _sharded(
+    return shard_over_devices(
         predict_fn,
         batch_size or options["batch_size"],
-        generator=generator,
+        generator=models.create(config["model"], config["loss"])[0],
         options=bank_options(config["memory_bank"]),
         top_fraction=options["top_fraction"] if top_fraction is None else top_fraction,
     )
 
 
 def sharded_detect_fn(
-    detector: nn.Module, discriminator: nn.Module, batch_size: int | None
+    config: Mapping[str, Any], *, batch_size: int | None = None
 ) -> Callable[..., Any]:
-    """Returns `detect_fn` on all devices (`shard_over_devices`): one program for equal options."""
-    return _sharded(detect_fn, batch_size, detector=detector, discriminator=discriminator)
+    """Returns the `detect_fn` of a config on all devices, see `sharded_predict_fn`."""
+    detector, discriminator = models.create_detector(config["model"], config["detector"])
+    size = batch_size or config["evaluate"]["batch_size"]
+    return shard_over_devices(detect_fn, size, detector=detector, discriminator=discriminator)
 
 
-def flops_per_image(variables: Any, generator: nn.Module, config: Mapping[str, Any]) -> float:
+def flops_per_image(variables: Any, config: Mapping[str, Any]) -> float:
     """Returns the floating-point operations of one image's map, as `models.count_flops` counts.
 
-    `variables` are arrays or shapes, see `predict_fn`.
+    `variables` are arrays or shapes, see `variables_of`.
     """
+    generator, _ = models.create(config["model"], config["loss"])
     images = jax.ShapeDtypeStruct((1, *config["image_size"], 3), jnp.float32)
     options = bank_options(config["memory_bank"])
     function = partial(generator_logits, generator=generator, options=options)

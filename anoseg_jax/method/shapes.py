@@ -1,8 +1,8 @@
-"""Random shapes and changes of colour that synthetic defects are made of.
+"""Random shapes and changes of colour for synthetic defects.
 
 One image at a time, float [h, w, 3] in [0, 1]; regions are bool [h, w]. Functions take `uniforms`,
-random numbers in [0, 1), where other libraries take keys: a defect takes all its numbers from one
-`draw`, because each draw is a loop that compiles slowly.
+random numbers in [0, 1), instead of a key: a defect takes all its numbers from one `draw`, because
+each draw is a loop that compiles slowly.
 """
 
 import math
@@ -82,21 +82,21 @@ def box_blur(image: Array, *, radius: int) -> Array:
     return image / width**2
 
 
-def find_object(image: Array, *, tolerance: float = 0.7, least: float = 0.02) -> Array:
-    """Returns the mask [h, w] (bool) of an object on a plain background; else all True.
+def find_object(image: Array) -> Array:
+    """Returns the mask [h, w] (bool) of an object on a plain background; otherwise all True.
 
     The background's colour is the median of the image's border. It is plain if nine tenths of the
-    border have that colour, within `tolerance` standard deviations of the image in every channel.
-    The object is all that differs by more, with a margin of 3 pixels; if that would be less than
-    `least` of the image, the estimate is not trusted.
+    border have that colour, within 0.7 standard deviations of the image in every channel. The
+    object is everything that differs by more, with a margin of 3 pixels; if that is less than 2 %
+    of the image, the estimate is not trusted.
     """
     border = jnp.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     # The median, of an even number of pixels. jnp.median compiles to far more operations.
     color = jnp.mean(jax.lax.top_k(border.T, len(border) // 2 + 1)[0][:, -2:], axis=1)
-    bound = tolerance * standard_deviation(image)
+    bound = 0.7 * standard_deviation(image)
     plain = jnp.mean(channel_max(jnp.abs(border - color)) <= bound) >= 0.9
     differs = channel_max(jnp.abs(image - color)) > bound
-    trusted = plain & (jnp.mean(differs) >= least)
+    trusted = plain & (jnp.mean(differs) >= 0.02)
     # A tenth of the square, so that single noisy pixels of the background stay background.
     return (box_blur(differs[..., None] * 1.0, radius=3)[..., 0] > 0.1) | ~trusted
 
@@ -160,7 +160,7 @@ def jitter_color(uniforms: Array, image: Array, strength: Sequence[Float]) -> Ar
 def tint(uniforms: Array, image: Array, *, amount: Range) -> Array:
     """Makes the image lighter or darker, by `amount` standard deviations (log-uniform).
 
-    Takes five uniforms. An image that has colour changes its colour a little, too.
+    Takes five uniforms. The colour of an image that is not grey also changes a little.
     """
     sign = jnp.where(uniforms[0] < 0.5, 1.0, -1.0)
     grey = jnp.all(image == image[..., :1])
@@ -170,7 +170,7 @@ def tint(uniforms: Array, image: Array, *, amount: Range) -> Array:
 
 
 def rectangle(uniforms: Array, allowed_region: Array, *, area: Range, aspect: Float) -> Array:
-    """Returns the mask [h, w] (bool) of a rectangle at any angle, its centre in a region [h, w].
+    """Returns the mask [h, w] (bool) of a rectangle at any angle, with its centre in a region.
 
     Takes four uniforms. `area` is the smallest and largest, as fractions of the image; `aspect` is
     the largest ratio of the sides, large values make thin strips. Both are drawn log-uniformly.
@@ -242,14 +242,12 @@ def blob(uniforms: Array, allowed_region: Array, *, depth: Range, softness: Floa
     return jnp.clip((field - jnp.max(field) + below) / edge, 0, 1)
 
 
-def curve(
-    uniforms: Array, allowed_region: Array, *, length: Range, thickness: Range, segments: int = 8
-) -> Array:
+def curve(uniforms: Array, allowed_region: Array, *, length: Range, thickness: Range) -> Array:
     """Returns the opacity [h, w] in [0, 1] of a thin bent line that starts in a region [h, w].
 
     Takes five uniforms. `length` and `thickness` are the smallest and largest, as fractions of the
     image's shorter side, drawn log-uniformly; a line is at least one pixel thick, with edges one
-    pixel soft. It is made of straight segments.
+    pixel soft. It consists of 8 straight segments.
     """
     h, w = allowed_region.shape
     side = min(h, w)
@@ -259,7 +257,7 @@ def curve(
     bend = between(uniforms[3], (-0.4, 0.4))
     # Relative to the start: a quadratic Bezier curve, bent towards `control`.
     control = along / 2 + bend * jnp.stack([along[1], -along[0]])
-    t = np.linspace(0, 1, segments + 1, dtype=np.float32)[:, None]
+    t = np.linspace(0, 1, 8 + 1, dtype=np.float32)[:, None]
     points = 2 * t * (1 - t) * control + t**2 * along
     # From each pixel to the nearest segment, [segments, h, w].
     start_rows, start_columns = (start + points[:-1]).T[..., None, None]

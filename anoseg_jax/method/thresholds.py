@@ -7,7 +7,7 @@ import numpy as np
 
 
 def first_allowed(counts: np.ndarray, false_positive_rate: float) -> int:
-    """Returns the first index that at most this share is at or above; len(counts) when none is."""
+    """Returns the first index from which on at most this share of `counts` lies, or len(counts)."""
     share = np.cumsum(counts[::-1])[::-1] / counts.sum()
     return int(np.count_nonzero(share > false_positive_rate))
 
@@ -19,21 +19,22 @@ def check_rate(false_positive_rate: float) -> None:
 
 
 def threshold_from_good(scores: np.ndarray, false_positive_rate: float) -> float | None:
-    """Returns the lowest score of good parts that at most a given share of them reaches.
+    """Returns the lowest score that at most a given share of the scores reaches.
 
     Args:
-        scores: float array of any shape: scores of good images, or of their pixels.
-        false_positive_rate: the share in [0, 1] of `scores` that may be at or above the threshold.
-            When ties at the highest score, or a rate of 0, allow no score: the next float above it.
+      scores: array of any shape, float or integer: scores of good images, or of their pixels.
+      false_positive_rate: the share in [0, 1] of `scores` that may be at or above the threshold. If
+        it allows no score (ties at the highest score, or a rate of 0): the next float above it.
 
     Returns:
-        The threshold, for `score >= threshold`; None without scores or when one is not finite.
+      The threshold, for `score >= threshold`; None without scores or when one is not finite.
 
-    Raises:
-        ValueError: false_positive_rate is not in [0, 1].
+    Raises ValueError if false_positive_rate is not in [0, 1].
     """
     check_rate(false_positive_rate)
     scores = np.asarray(scores)
+    if not np.issubdtype(scores.dtype, np.floating):
+        scores = scores.astype(np.float64)
     if not scores.size or not np.isfinite(scores).all():
         return None
     values, counts = np.unique(scores, return_counts=True)
@@ -44,7 +45,7 @@ def threshold_from_good(scores: np.ndarray, false_positive_rate: float) -> float
 def thresholds_from_good(
     maps: np.ndarray, scores: np.ndarray, *, pixel_rate: float, image_rate: float
 ) -> dict[str, dict[str, Any]]:
-    """Makes thresholds from good images that were held out: no defect is needed.
+    """Returns thresholds from held-out good images; no defect is needed.
 
     Args:
       maps: anomaly maps of the held-out images, float [n, h, w]; n may be 0.
@@ -53,8 +54,8 @@ def thresholds_from_good(
       image_rate: share of good images that may be at or above the image threshold.
 
     Returns:
-      For "pixel" and "image": `threshold` (`score >= threshold` is defective; None where there are
-      no images), `held_out_rate` (what was asked for), `images` and, in words, `how`.
+      For "pixel" and "image": `threshold` (`score >= threshold` is defective; None without images),
+      `held_out_rate` (the share that was asked for), `images` and, in words, `how`.
     """
     thresholds = {}
     for name, values, rate in (("pixel", maps, pixel_rate), ("image", scores, image_rate)):
@@ -74,21 +75,19 @@ def thresholds_from_good(
 
 
 def calibrate(
-    predict: Callable[[np.ndarray], tuple[np.ndarray, ...]],
+    predict: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
     images: np.ndarray,
     config: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
-    """Returns the thresholds of a model (`thresholds_from_good`).
+    """Returns the thresholds of a model, see `thresholds_from_good`.
 
-    Args:
-      predict: uint8 images [b, h, w, 3] to maps, scores and possibly more.
-      images: good images that were held out, uint8 [n, h, w, 3].
-      config: the options `image_size` and `evaluate`.
+    `predict` maps uint8 images [b, h, w, 3] to anomaly maps and scores; `images` are the held-out
+    ones; `config` has `image_size` and `evaluate`.
     """
     maps, scores = [np.zeros((0, *config["image_size"]))], [np.zeros(0)]
     options = config["evaluate"]
     for start in range(0, len(images), options["batch_size"]):
-        batch_maps, batch_scores, *_ = predict(images[start : start + options["batch_size"]])
+        batch_maps, batch_scores = predict(images[start : start + options["batch_size"]])
         maps.append(batch_maps)
         scores.append(batch_scores)
     return thresholds_from_good(

@@ -17,6 +17,9 @@ from ml_collections import ConfigDict
 from anoseg_jax.method import defects, memory_bank, models
 from anoseg_jax.method.memory_bank import MemoryBank, PatchGrid
 
+Arrays = Mapping[str, Array]
+Options = Mapping[str, Any]  # nested dicts of arrays
+
 
 class StaticOptions(NamedTuple):
     """Options that decide which program is compiled; hashable. All others are arrays.
@@ -25,11 +28,11 @@ class StaticOptions(NamedTuple):
       generator: the module.
       discriminator: the module.
       segmentation: kind of the segmentation loss.
-      adversarial: kind of the adversarial loss; "" where its weight is zero.
-      reconstruction: the weight of the reconstruction loss is not zero.
-      defects: the kinds of defects that are compiled in, see `defects.split_options`.
-      grid: of the memory bank's patches; None where there is no bank.
-      accumulate: the number of parts that a device splits its examples into.
+      adversarial: kind of the adversarial loss; "" if its weight is zero.
+      reconstruction: whether the weight of the reconstruction loss is not zero.
+      defects: the kinds of defects that are compiled, see `defects.split_options`.
+      grid: of the memory bank's patches; None without a bank.
+      accumulate: the number of chunks that each device splits its examples into.
       remat: see `models.apply_fn`.
     """
 
@@ -83,8 +86,10 @@ class TrainState:
     """Everything that a training step reads and writes; data only, without a device axis.
 
     `ema` is an exponential moving average of the generator's parameters: the weights that are
-    evaluated. `memory_bank` is None where `config.memory_bank.size` is 0; no step changes it.
+    evaluated. `memory_bank` is None if `config.memory_bank.size` is 0; no step changes it.
     """
+
+    PLAYERS = ("generator", "discriminator")
 
     step: Array
     generator: Any
@@ -95,11 +100,11 @@ class TrainState:
     memory_bank: MemoryBank | None = None
 
 
-def learning_rate_schedule(step: Array | int, options: Mapping[str, Any]) -> Array:
+def learning_rate_schedule(step: Array | int, options: Options) -> Array:
     """Returns the learning rate after `step` steps: linear warm-up, then half a cosine to zero.
 
-    `options` are `learning_rate`, `num_steps`, `warmup_steps`, numbers or traced arrays: optax's
-    schedule needs Python numbers, so that another number of steps would compile again.
+    `options` are `learning_rate`, `num_steps`, `warmup_steps`: numbers or traced arrays. (optax's
+    schedule needs Python numbers; then another number of steps would compile again.)
     """
     peak, warmup = options["learning_rate"], options["warmup_steps"]
     start = peak / (warmup + 1)
@@ -110,21 +115,18 @@ def learning_rate_schedule(step: Array | int, options: Mapping[str, Any]) -> Arr
 
 
 def create_optimizers(
-    options: Mapping[str, Any], learning_rate: Array | float = 0.0
+    options: Options, learning_rate: Array | float = 0.0
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """Returns the generator's optimizer, AdamW, and the discriminator's, Adam.
+    """Returns AdamW for the trained network, and Adam for its discriminator.
 
-    Args:
-      options: `weight_decay` of the generator's parameters; `clip_norm`, the largest global norm of
-        each player's gradient; `discriminator_scale`, the discriminator's learning rate relative to
-        the generator's. Numbers or traced arrays.
-      learning_rate: the generator's at this step; the optimizers' states do not depend on it.
+    `options` are `weight_decay`, `clip_norm` and `discriminator_scale` of configs/default.py:
+    numbers or traced arrays. The optimizers' states do not depend on the learning rate.
     """
     clip = optax.clip_by_global_norm(options["clip_norm"])
     weight_decay = options["weight_decay"]
-    # b1 = 0.5 is usual against a moving opponent (Radford et al., arXiv 1511.06434).
+    # b1 = 0.5 is usual against a moving opponent (DCGAN, Radford et al., arXiv 1511.06434).
     discriminator_rate = options["discriminator_scale"] * learning_rate
-    # Flat: one vector instead of 85 arrays is a quarter of the operations of a step to compile.
+    # Flat: with one vector instead of 85 arrays the step has a quarter of the operations.
     return (
         optax.flatten(
             optax.chain(clip, optax.adamw(learning_rate, 0.9, 0.999, weight_decay=weight_decay))
@@ -139,55 +141,65 @@ def seed_keys(seed: int) -> tuple[Array, Array]:
     return key, jax.random.fold_in(key, 1)
 
 
-@functools.cache
-def jit_once(function: Callable, *static_argnames: str) -> Callable:
-    """Returns `jax.jit(function)` for a program that runs once a training.
+def create_players(
+    key: Array,
+    static: Any,
+    inputs: Mapping[str, tuple[Array | None, ...]],
+    options: Options,
+) -> dict[str, Any]:
+    """Returns the fields of a state before the first step, by name.
 
-    On a CPU it is compiled with little optimisation: the initial state, which is many small draws
-    of random numbers, compiles in a third of the time.
+    `static` has each player's module under the player's name. `inputs` are dummy arrays to call
+    them with, by player; the discriminator is the last one.
     """
-    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(function, static_argnames=static_argnames, compiler_options=quick)
+    network, _ = inputs
+    fields = {"step": jnp.zeros((), jnp.int32)}
+    optimizers = create_optimizers(options["optimizer"])
+    for player, player_key, optimizer in zip(
+        inputs, jax.random.split(key), optimizers, strict=True
+    ):
+        params = getattr(static, player).init(player_key, *inputs[player])["params"]
+        fields |= {player: params, f"{player}_opt": optimizer.init(params)}
+    # A copy: the step donates its state, and no buffer may be in it twice.
+    return fields | {"ema": jax.tree.map(jnp.copy, fields[network])}
 
 
 def create_state(
-    key: Array,
-    options: Mapping[str, Any],
-    *,
-    static: StaticOptions,
-    image_size: tuple[int, int],
+    key: Array, options: Options, *, static: StaticOptions, image_size: tuple[int, int]
 ) -> TrainState:
-    """Returns the state before the first step, drawn from the seed's key, without its memory bank.
-
-    Compile it with `jit_once`.
-
-    `options` are the arrays of `split_options`.
-    """
-    generator_key, discriminator_key = jax.random.split(key)
+    """Returns the state before the first step, without its memory bank; see `jit_create`."""
     # One dummy image: the parameters do not depend on its content.
     images, maps = jnp.zeros((1, *image_size, 3)), jnp.zeros((1, *image_size))
-    bank_distances = maps if static.grid else None
-    generator = static.generator.init(generator_key, images, bank_distances)["params"]
-    discriminator = static.discriminator.init(discriminator_key, images, maps)["params"]
-    optimizer, discriminator_optimizer = create_optimizers(options["optimizer"])
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        generator=generator,
-        discriminator=discriminator,
-        generator_opt=optimizer.init(generator),
-        discriminator_opt=discriminator_optimizer.init(discriminator),
-        # A copy: the step donates its state, and no buffer may be in it twice.
-        ema=jax.tree.map(jnp.copy, generator),
+    inputs = {"generator": (images, maps if static.grid else None), "discriminator": (images, maps)}
+    return TrainState(**create_players(key, static, inputs, options))
+
+
+@functools.cache
+def jit_create(create: Callable) -> Callable:
+    """Returns `create_state`, or the detector's, compiled for one call.
+
+    On a CPU with little optimisation: a state is many small draws of random numbers, which then
+    compile in a third of the time.
+    """
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(create, static_argnames=("static", "image_size"), compiler_options=quick)
+
+
+def shapes_of(create: Callable, options: Any, *, static: Any, image_size: Any) -> Any:
+    """Returns the shapes and dtypes of what `create` (see `jit_create`) returns; computes nothing.
+
+    The trace also serves the creation.
+    """
+    lowered = jit_create(create).lower(
+        jax.random.key(0), options, static=static, image_size=tuple(image_size)
     )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
 
 
 def template(config: ConfigDict) -> TrainState:
-    """Returns the shapes and dtypes of a config's state; nothing is computed."""
+    """Returns the shapes and dtypes of a config's state, with its memory bank."""
     static, options = split_options(config)
-    create = jit_once(create_state, "static", "image_size")  # its trace serves the creation, too
-    size = tuple(config.image_size)
-    lowered = create.lower(jax.random.key(0), options, static=static, image_size=size)
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info)
+    state = shapes_of(create_state, options, static=static, image_size=config.image_size)
     bank = memory_bank.template(config.memory_bank) if static.grid else None
     return state.replace(memory_bank=bank)
 
@@ -201,51 +213,20 @@ def update_average(ema: Any, params: Any, step: Array, decay: Array | float) -> 
     return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)
 
 
-def update_players(
-    players: tuple[Any, Any],
-    gradients: tuple[Any, Any],
-    opt_states: tuple[optax.OptState, optax.OptState],
-    step: Array,
-    options: Mapping[str, Any],
-) -> tuple[tuple[Any, Any], tuple[optax.OptState, optax.OptState]]:
-    """Returns parameters and optimizer states of both players after one optimizer step.
-
-    The second player is the discriminator. `step` is the number of steps done before; `options` are
-    those of `learning_rate_schedule` and `create_optimizers`.
-    """
-    optimizers = create_optimizers(options, learning_rate_schedule(step, options))
-    updated = [
-        optimizer.update(gradient, opt_state, params)
-        for optimizer, gradient, opt_state, params in zip(
-            optimizers, gradients, opt_states, players, strict=True
-        )
-    ]
-    updates, opt_states = zip(*updated, strict=True)
-    return tuple(map(optax.apply_updates, players, updates)), opt_states
-
-
-def apply_gradients(
-    state: TrainState,
-    generator_gradients: Any,
-    discriminator_gradients: Any,
-    options: Mapping[str, Any],
-) -> TrainState:
+def apply_gradients(state: Any, gradients: tuple[Any, Any], options: Options) -> Any:
     """Returns the state after one optimizer step of both players.
 
-    `options` are those of `update_players`, and `ema_decay`.
+    Args:
+      state: a TrainState, or the detector's.
+      gradients: of `state.PLAYERS`.
+      options: those of `learning_rate_schedule` and `create_optimizers`, and `ema_decay`.
     """
-    (generator, discriminator), (generator_opt, discriminator_opt) = update_players(
-        (state.generator, state.discriminator),
-        (generator_gradients, discriminator_gradients),
-        (state.generator_opt, state.discriminator_opt),
-        state.step,
-        options,
-    )
-    return state.replace(
-        step=state.step + 1,
-        generator=generator,
-        discriminator=discriminator,
-        generator_opt=generator_opt,
-        discriminator_opt=discriminator_opt,
-        ema=update_average(state.ema, generator, state.step, options["ema_decay"]),
-    )
+    optimizers = create_optimizers(options, learning_rate_schedule(state.step, options))
+    fields = {}
+    for player, gradient, optimizer in zip(state.PLAYERS, gradients, optimizers, strict=True):
+        params, opt_state = getattr(state, player), getattr(state, f"{player}_opt")
+        updates, fields[f"{player}_opt"] = optimizer.update(gradient, opt_state, params)
+        fields[player] = optax.apply_updates(params, updates)
+    network = fields[state.PLAYERS[0]]
+    ema = update_average(state.ema, network, state.step, options["ema_decay"])
+    return state.replace(step=state.step + 1, ema=ema, **fields)

@@ -1,11 +1,12 @@
 """Checkpoints with orbax: the train state, the config it was trained with, and a record.
 
-A checkpoint is `<directory>/<step>/` with three items: `state` (arrays), `config` and `record`
-(JSON; `record` holds what belongs to the run so far: seconds of training, parameter count ...).
+A checkpoint is `<directory>/<step>/` with three items: `state` (arrays), and as JSON `config` and
+`record`, the facts about the run so far: seconds of training, parameter count, thresholds ...
 """
 
 import contextlib
 import hashlib
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -19,16 +20,16 @@ from etils import epath
 from anoseg_jax import UsageError, first_line
 
 Manager = ocp.CheckpointManager
-# Of the arrays in a checkpoint; it is in the record, and others are refused.
+# Version of the arrays in a checkpoint. The record holds it; other versions are refused.
 FORMAT = 2
 
 
 class CheckpointError(UsageError):
-    """There are checkpoints, but none can be read; the message is one line that says which."""
+    """There are checkpoints, but none can be read; the message is one line that says why."""
 
 
 class Saved(NamedTuple):
-    """A checkpoint: `state` is of numpy arrays, `config` and `record` are what was in the JSON."""
+    """A checkpoint: `state` of numpy arrays, `config` and `record` as JSON restores them."""
 
     state: Any
     config: dict
@@ -40,11 +41,11 @@ class Saved(NamedTuple):
 def open_manager(directory: epath.PathLike, *, create: bool = True) -> Iterator[Manager]:
     """Opens the checkpoints in `directory`; keeps the two newest, waits for writes at exit.
 
+    The second newest is a reserve for a damaged newest one. No "best" one is kept: to choose it
+    would take defects, which training does not have.
+
     A missing directory is created, or with `create=False` refused (FileNotFoundError). Raises
     OSError if a checkpoint cannot be written.
-
-    The second newest is there in case the newest is damaged. No "best" one is kept: that would need
-    defects, which training does not have.
     """
     directory = epath.Path(directory)
     if not create and not directory.exists():
@@ -55,15 +56,14 @@ def open_manager(directory: epath.PathLike, *, create: bool = True) -> Iterator[
         options=ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(2),
             create=create,
-            # Incomplete checkpoints that a kill left.
-            cleanup_tmp_directories=create,
+            cleanup_tmp_directories=create,  # incomplete checkpoints that a kill left
         ),
     )
-    with _without_errors_of_orbax():
+    with _without_orbax_warnings():
         try:
             yield manager
         except BaseException:
-            with contextlib.suppress(Exception):  # it would hide what went wrong before it
+            with contextlib.suppress(Exception):  # it would hide the error that came before it
                 manager.close()
             raise
         with _writing(directory):
@@ -71,7 +71,7 @@ def open_manager(directory: epath.PathLike, *, create: bool = True) -> Iterator[
 
 
 @contextlib.contextmanager
-def _without_errors_of_orbax() -> Iterator[None]:
+def _without_orbax_warnings() -> Iterator[None]:
     """Keeps orbax's tracebacks out of the log: it also raises the errors that it logs."""
 
     def passes(line: logging.LogRecord) -> bool:
@@ -86,19 +86,19 @@ def _without_errors_of_orbax() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _writing(where: epath.Path) -> Iterator[None]:
+def _writing(path: epath.Path) -> Iterator[None]:
     """Raises the many errors of orbax and tensorstore as an OSError of one line."""
     try:
         yield
     except Exception as error:
-        raise OSError(f"{where}: checkpoint not written: {first_line(error)}") from error
+        raise OSError(f"{path}: checkpoint not written: {first_line(error)}") from error
 
 
-def save(manager: Manager, state: Any, step: int, *, config: dict, record: dict) -> None:
-    """Saves in the background; the end of `open_manager` waits for it.
+def save(manager: Manager, state: Any, step: int, *, config: dict, record: dict) -> Saved:
+    """Saves in the background and returns what is saved; the end of `open_manager` waits for it.
 
-    Orbax writes under a temporary name and renames, so that no checkpoint is incomplete. The record
-    gets `state_sha256`, by which `restore` detects damage, and `format`.
+    Orbax writes under a temporary name and renames: no checkpoint is incomplete. The record gets
+    `state_sha256`, by which `restore` detects damage, and `format`.
 
     Raises OSError if this checkpoint or the one before it cannot be written.
     """
@@ -114,6 +114,7 @@ def save(manager: Manager, state: Any, step: int, *, config: dict, record: dict)
                 record=ocp.args.JsonSave(record),
             ),
         )
+    return Saved(state, *json.loads(json.dumps([config, record])), step)
 
 
 def restore(
@@ -122,14 +123,14 @@ def restore(
     template: Any = None,
     check: Callable[[dict, dict], None] = lambda config, record: None,
 ) -> Saved | None:
-    """Returns the newest intact checkpoint; None if there is none at all.
+    """Returns the newest intact checkpoint, or None if there is no checkpoint.
 
-    Warns about every damaged checkpoint that is newer, with a line on stderr.
+    Warns on stderr about every damaged checkpoint that is newer, one line each.
 
     Args:
       manager: of `open_manager`.
-      template: a state of the same shapes, arrays or what `jax.eval_shape` returns: the result has
-        its structure; with None it is nested dicts.
+      template: arrays or shapes (`jax.eval_shape`) in the structure of the result; with None the
+        result is nested dicts.
       check: given config and record, raises if the checkpoint does not fit.
 
     Raises CheckpointError if there are checkpoints but none is intact, or if an older version of
@@ -177,7 +178,7 @@ def _read_json(manager: Manager, step: int, item: str) -> dict:
 def set_aside(manager: Manager, after: int) -> None:
     """Moves the checkpoints after step `after` to damaged_<step> beside their directory.
 
-    Their steps will be trained again, and orbax does not overwrite checkpoints.
+    These steps will be trained again, and orbax does not overwrite checkpoints.
     """
     steps = [step for step in manager.all_steps() if step > after]
     if steps and jax.process_index() == 0:

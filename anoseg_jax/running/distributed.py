@@ -1,11 +1,10 @@
-"""The processes of a run: how they meet, stop on signals, and lock a folder.
+"""The processes of a run: how they connect, stop on signals, and lock a folder.
 
-Needs neither TensorFlow nor the data. All processes run the same program with the same options; the
-main process (number 0) alone writes.
+Needs neither TensorFlow nor the data. All processes run the same program with the same options;
+only the main process (number 0) writes.
 """
 
 import contextlib
-import fcntl
 import itertools
 import os
 import signal
@@ -22,17 +21,17 @@ from jax.experimental import multihost_utils
 
 from anoseg_jax import UsageError, first_line
 
-# Exit codes: stopped by a signal with everything saved (EX_TEMPFAIL: try again); ended because
-# another process of the run did.
+# Exit codes. STOPPED: a signal stopped the run and everything is saved (EX_TEMPFAIL: try again).
+# PEER_FAILED: this process ended because another process of the run did.
 STOPPED = 75
 PEER_FAILED = 76
-# Seconds without a sign of life after which a process counts as lost, and the run ends.
-SILENCE = 30
+# Seconds without a heartbeat after which a process counts as lost, and the run ends.
+HEARTBEAT_TIMEOUT = 30
 # Seconds that processes wait for each other at the start and at the end.
-PATIENCE = 300
+START_TIMEOUT = 300
 
 _signals: list[int] = []
-# jax numbers the points at which processes agree to stop: from where no step number of orbax is.
+# Numbers of the points at which processes agree to stop; no step number of orbax is that large.
 _points = itertools.count(2**30)
 
 
@@ -41,30 +40,27 @@ class Stopped(Exception):
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins the run's other processes; must come before anything else is done with jax.
+    """Connects to the run's other processes; must come before any other use of jax.
 
-    Args:
-      coordinator: "HOST:PORT" of the first process; all three None where jax finds them by itself
-        (Slurm, Open MPI, Cloud TPU, GKE).
-      num_processes: of the run.
-      process_id: from 0 to `num_processes` - 1.
+    `coordinator` is the "HOST:PORT" of process 0. All three arguments are None if jax finds the
+    processes by itself (Slurm, Open MPI, Cloud TPU, GKE).
 
-    Raises UsageError if they cannot be found or do not start within `PATIENCE` seconds.
+    Raises UsageError if they cannot be found or do not start within `START_TIMEOUT` seconds.
     """
-    given = (coordinator, num_processes, process_id)
-    if None in given and any(value is not None for value in given):
+    flags = (coordinator, num_processes, process_id)
+    if None in flags and any(value is not None for value in flags):
         raise UsageError("--coordinator, --num_processes and --process_id need each other")
     try:
         jax.distributed.initialize(
-            *given,
-            initialization_timeout=PATIENCE,
-            heartbeat_timeout_seconds=SILENCE,
-            shutdown_timeout_seconds=PATIENCE,
+            *flags,
+            initialization_timeout=START_TIMEOUT,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=START_TIMEOUT,
         )
     except (ValueError, RuntimeError) as error:
-        hint = "" if coordinator else "; where jax finds no cluster give --coordinator=HOST:PORT"
+        hint = "" if coordinator else "; if jax finds no cluster give --coordinator=HOST:PORT"
         raise UsageError(
-            f"the processes of this run do not meet: {first_line(error)}{hint}"
+            f"the processes of this run cannot connect: {first_line(error)}{hint}"
         ) from error
     # CPU processes connect at their first exchange and wait 30 s for it: now, while all are here.
     ones = np.ones(jax.local_device_count())
@@ -73,7 +69,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 
 def is_distributed() -> bool:
-    """Returns whether `start` has joined this process to others."""
+    """Returns whether `start` has connected this process to others."""
     return jax.distributed.is_initialized()
 
 
@@ -89,7 +85,7 @@ def peer_failed(error: Exception) -> str:
 def leave(code: int) -> NoReturn:
     """Ends this process with an exit code.
 
-    One of several that failed must not wait for the others, as jax does: they wait for it.
+    A failed process must not wait for the others at exit, as jax does: they wait for it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -110,9 +106,9 @@ def rows(batch_size: int) -> slice:
 
 
 def check_equal(values: Mapping[str, str]) -> None:
-    """Raises UsageError if processes differ in one of these hexadecimal hashes, naming the first.
+    """Raises UsageError if processes differ in one of these hexadecimal hashes, by name.
 
-    Training would not fail, but no run could repeat its weights.
+    Training would not fail, but no run could reproduce its weights.
     """
     for name, value in values.items():
         digests = multihost_utils.process_allgather(
@@ -134,18 +130,18 @@ def broadcast(tree: Any) -> Any:
 def stop_on_signals() -> None:
     """Lets SIGTERM end the run at the next `must_stop`; a second one ends the process at once.
 
-    SIGINT (Ctrl-C) ends the process at once, also where Python waits for a compiler, but inside of
-    `finish_step_on_interrupt`.
+    SIGINT (Ctrl-C) ends the process at once, even while Python waits for a compiler; see
+    `finish_step_on_interrupt` for the exception.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if not is_distributed():  # else jax's preemption service listens to SIGTERM
+    if not is_distributed():  # otherwise jax's preemption service listens to SIGTERM
         signal.signal(signal.SIGTERM, _note_signal)
 
 
 @contextlib.contextmanager
 def finish_step_on_interrupt() -> Iterator[None]:
     """Lets SIGINT (Ctrl-C) end the run at the next `must_stop`; a second one ends the process."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:  # a handler of a notebook or a test
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:  # the handler of a notebook or a test
         yield
         return
     signal.signal(signal.SIGINT, _note_signal)
@@ -155,10 +151,9 @@ def finish_step_on_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _note_signal(number: int, frame: object) -> None:
-    del frame
+def _note_signal(number: int, _: object) -> None:
     again = "; press Ctrl-C again to stop now" if number == signal.SIGINT else ""
-    # Not print: the signal may have interrupted one, which cannot be entered twice.
+    # Not print: the signal may have interrupted a print, which cannot be entered twice.
     os.write(2, f"\n{signal.Signals(number).name}: stopping after this step{again}\n".encode())
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if is_distributed():  # see must_stop
@@ -169,13 +164,13 @@ def _note_signal(number: int, frame: object) -> None:
 
 
 def must_stop() -> bool:
-    """Returns whether a signal has asked the run to end: in all processes at the same call.
+    """Returns whether a signal has asked the run to end: the same in all processes.
 
     All processes must call it equally often: once a step, and between long tasks.
     """
     if not is_distributed():
         return bool(_signals)
-    # A signal reaches each process at another step, or only one of them: jax's preemption service
+    # A signal reaches each process at another step, or only one of them. jax's preemption service
     # listens to SIGTERM and names a step that no process has passed.
     return multihost_utils.reached_preemption_sync_point(next(_points))
 
@@ -188,21 +183,25 @@ def stop_if_asked(where: str) -> None:
 
 @contextlib.contextmanager
 def lock(folder: epath.PathLike, *, shared: bool = False) -> Iterator[None]:
-    """Locks `folder`, which is created, against other runs, until the block or the process ends.
+    """Creates `folder` and locks it against other runs, until the block or the process ends.
 
-    Runs may hold a `shared` lock together. On storage without locks (gs://) nothing is locked.
+    Several runs may hold a `shared` lock. On storage without locks (gs://) nothing is locked.
 
     Raises UsageError if another run holds the lock; OSError if the folder cannot be written to.
     """
     folder = epath.Path(folder)
-    if not is_main_process():
+    if is_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+    if not is_main_process() or "://" in os.fspath(folder):
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    if "://" in os.fspath(folder):
-        yield
-        return
-    # Not with epath: a lock is on a local file.
+    try:
+        import fcntl
+    except ImportError:
+        raise UsageError(
+            "this system has no file locks: on Windows, train in WSL (Windows Subsystem for Linux)"
+        ) from None
+    # Not with epath: a lock needs a local file.
     with os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT), "r+") as file:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

@@ -1,22 +1,24 @@
 """The training loop: devices, logs, checkpoints, stopping and resuming.
 
-It knows nothing of what a step does. A step is a pure function `(state, batch, key, options) ->
-(state, metrics)`; a state has a `step` and no device axis; metrics are float32 scalars.
+It is independent of the method. A step is a pure function `(state, batch, key, options) -> (state,
+metrics)`. The state has a `step` and no device axis; metrics are float32 scalars.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from clu import parameter_overview
 from etils import epath
+from flax.serialization import to_state_dict
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -28,22 +30,56 @@ from anoseg_jax.running import checkpoint, distributed, files, progress, train_l
 # Options that a resumed run may change.
 MAY_CHANGE = (
     "num_steps log_every checkpoint_every accumulate remat resume dataset data_dir tfds_dir "
-    "categories category_options shard variants evaluate detector maps_dir compilation_cache"
+    "categories category_options shard variants evaluate detector maps_dir compilation_cache "
+    "layout mask_suffix ignore_name max_megapixels"
 ).split()
-# Also with config.resume: the memory bank is built anew for them.
+# Options that may also differ from those of `config.resume`: the memory bank is then built anew.
 MAY_CHANGE_ELSEWHERE = ["seed", "held_out"]
 
 Batch = dict[str, np.ndarray]
+Record = dict[str, Any]
 
 
 class TrainingError(UsageError):
     """Training cannot continue; the message is one line that says why."""
 
 
-def parallelize(step: Callable) -> Callable:
-    """Returns the step on all local devices: batches get a device axis, the state has none."""
+class Training(NamedTuple):
+    """What the loop runs: a step, its arguments, and what checkpoints record.
+
+    Attributes:
+      network: the field of the state whose parameters parameters.txt lists.
+      template: the state's shapes and dtypes.
+      step: see `parallelize`; `key` and `options` are its last two arguments.
+      key: the PRNG key of the seed, the same at every step.
+      options: the arrays that the step takes.
+      arrays: all training images, [n, ...], and their ids.
+      learning_rate: from the number of completed steps to the next step's learning rate.
+      check_record: raises if the record of a checkpoint in this folder does not fit this run.
+      start: from the checkpoint to resume (or None) to the first state and the record so far.
+      on_checkpoint: from state and step to additions to the record, and images for TensorBoard.
+    """
+
+    network: str
+    template: Any
+    step: Callable
+    key: Array
+    options: Any
+    arrays: Mapping[str, np.ndarray]
+    learning_rate: Callable[[int], Any]
+    check_record: Callable[[Record], None]
+    start: Callable[[checkpoint.Saved | None], tuple[Any, Record]]
+    on_checkpoint: Callable[[Any, int], tuple[Record, dict[str, np.ndarray]]]
+
+
+@functools.cache
+def parallelize(step: Callable, static: Any) -> Callable:
+    """Returns the step on all local devices: one compiled program per set of static options.
+
+    It takes state, batch, key and options. Batches have a device axis, the state has none.
+    """
     return jax.pmap(
-        step,
+        functools.partial(step, static=static),
         axis_name="batch",
         in_axes=(None, 0, None, None),
         out_axes=(None, 0),
@@ -52,61 +88,13 @@ def parallelize(step: Callable) -> Callable:
 
 
 def replicate(tree: Any) -> Any:
-    """Replicates arrays over the local devices, as `jax.pmap` returns them.
+    """Replicates arrays over the local devices, in the placement that `jax.pmap` returns.
 
-    Otherwise the first two steps would each compile: for the placement that they are given, and for
-    the one that they return.
+    Without it, the first two steps would each compile: the first for the placement of its input,
+    the second for the placement of the first one's output.
     """
     mesh = Mesh(jax.local_devices(), ("batch",))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
-def compile_ahead(
-    step_fn: Callable,
-    template: Any,
-    arrays: Mapping[str, np.ndarray],
-    batch_size: int,
-    key: Array,
-    options: Any,
-) -> Callable:
-    """Returns the step, whose first call compiles and says so.
-
-    Where one process has one device, a thread starts to compile at once, by running a step on
-    zeros, and the first call waits for it. Several devices do not, because their collective
-    operations need one order and, on CPUs, all of the threads.
-
-    Args:
-      step_fn: of `parallelize`.
-      template: shapes of the state.
-      arrays: of all training images; a batch has `batch_size` of them.
-      batch_size: of all devices together.
-      key, options: the step's arguments.
-    """
-    began = time.monotonic()
-    calls = itertools.count()
-
-    def run_on_zeros() -> None:
-        state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
-        batch = {name: np.zeros((batch_size, *x.shape[1:]), x.dtype) for name, x in arrays.items()}
-        state, *others = replicate((state, key, options))
-        jax.block_until_ready(step_fn(state, shard(batch), *others))
-
-    ahead = None
-    if jax.device_count() == 1:
-        executor = ThreadPoolExecutor(max_workers=1)
-        ahead = executor.submit(run_on_zeros)
-        executor.shutdown(wait=False)
-
-    def run(*arguments: Any) -> Any:
-        if next(calls):
-            return step_fn(*arguments)
-        start = began if ahead else None
-        with progress.waiting("compiling the training step", "usually under a minute", start):
-            if ahead:
-                ahead.exception()  # waits; should it have failed, so does the step itself
-            return jax.block_until_ready(step_fn(*arguments))
-
-    return run
 
 
 def shard(batch: Batch) -> Batch:
@@ -115,10 +103,43 @@ def shard(batch: Batch) -> Batch:
     return {name: x.reshape(devices, -1, *x.shape[1:]) for name, x in batch.items()}
 
 
-def check_finite(metrics: Mapping[str, np.ndarray], last_step: int) -> None:
-    """Raises TrainingError naming the first step and the metrics that are not finite.
+def compile_ahead(training: Training, batch_size: int) -> Callable:
+    """Returns the training's step; its first call says that it compiles.
 
-    `metrics` hold one value a step, [steps], the last of them at `last_step`.
+    With one device, a thread compiles it at once, by running a step on zeros, and the first call
+    waits for that thread. Several devices do not: their collective operations must run in one
+    order and, on CPUs, need all threads.
+    """
+    began, calls, ahead = time.monotonic(), itertools.count(), None
+
+    def run_on_zeros() -> None:
+        zeros = lambda x, *shape: np.zeros(shape or x.shape, x.dtype)  # noqa: E731
+        batch = {name: zeros(x, batch_size, *x.shape[1:]) for name, x in training.arrays.items()}
+        state = jax.tree.map(zeros, training.template)
+        state, *others = replicate((state, training.key, training.options))
+        jax.block_until_ready(training.step(state, shard(batch), *others))
+
+    if jax.device_count() == 1:
+        executor = ThreadPoolExecutor(max_workers=1)
+        ahead = executor.submit(run_on_zeros)
+        executor.shutdown(wait=False)
+
+    def run(*arguments: Any) -> Any:
+        if next(calls):
+            return training.step(*arguments)
+        start = began if ahead else None
+        with progress.waiting("compiling the training step", "usually under a minute", start):
+            if ahead:
+                ahead.exception()  # waits; if the thread failed, the step itself fails below
+            return jax.block_until_ready(training.step(*arguments))
+
+    return run
+
+
+def check_finite(metrics: Mapping[str, np.ndarray], last_step: int) -> None:
+    """Raises TrainingError with the first step, and its metrics, that are not finite.
+
+    `metrics` have one value per step, [steps]; the last one is that of `last_step`.
     """
     bad = {name: ~np.isfinite(values) for name, values in metrics.items()}
     steps = np.flatnonzero(np.any(list(bad.values()), axis=0))
@@ -134,7 +155,7 @@ def check_finite(metrics: Mapping[str, np.ndarray], last_step: int) -> None:
 def check_same_options(
     saved: Mapping[str, Any], config: Mapping[str, Any], may_change: list[str]
 ) -> None:
-    """Raises TrainingError naming every option that a resumed run must not change but does."""
+    """Raises TrainingError with every option that a resumed run must not change but does."""
     different = [
         f"{key} was {saved.get(key)}, is {config.get(key)}"
         for key in sorted({*saved, *config} - set(may_change))
@@ -148,21 +169,12 @@ def check_same_options(
 
 
 def restore(
-    manager: checkpoint.Manager,
-    config: ConfigDict,
-    template: Any,
-    check_record: Callable[[Mapping[str, Any]], None],
+    manager: checkpoint.Manager, config: ConfigDict, training: Training
 ) -> checkpoint.Saved | None:
     """Returns the checkpoint to resume from, or None for a fresh start.
 
-    1. The newest intact checkpoint of this workdir; 2. the newest of `config.resume`, which may
-    have another seed and `held_out`, and is not given to `check_record`.
-
-    Args:
-      manager: of this workdir's checkpoints.
-      config: the options of this run.
-      template: a state of the same shapes.
-      check_record: raises if a record is not of what this run is trained on.
+    1. The newest intact checkpoint of this folder, which `manager` has open.
+    2. The newest one of `config.resume`. It may have another seed, `held_out` and other images.
 
     Raises:
       TrainingError: options differ, or `config.resume` has no checkpoint or all steps already.
@@ -170,46 +182,38 @@ def restore(
     """
     options = json.loads(config.to_json())
 
-    def check(saved_options: dict, record: dict) -> None:
+    def check(saved_options: dict, record: Record) -> None:
         check_same_options(saved_options, options, MAY_CHANGE)
-        check_record(record)
+        training.check_record(record)
 
-    saved = checkpoint.restore(manager, template=template, check=check)
+    def check_elsewhere(saved_options: dict, _: Record) -> None:
+        check_same_options(saved_options, options, MAY_CHANGE + MAY_CHANGE_ELSEWHERE)
+
+    saved = checkpoint.restore(manager, template=training.template, check=check)
     if saved is not None:
         checkpoint.set_aside(manager, saved.step)
     elif config.resume:
-        may_change = MAY_CHANGE + MAY_CHANGE_ELSEWHERE
+        where = f"config.resume={config.resume}"
         with checkpoint.open_manager(epath.Path(config.resume) / "checkpoints", create=False) as m:
-            saved = checkpoint.restore(
-                m,
-                template=template,
-                check=lambda saved_options, _: check_same_options(
-                    saved_options, options, may_change
-                ),
-            )
+            saved = checkpoint.restore(m, template=training.template, check=check_elsewhere)
         if saved is None:
-            raise TrainingError(f"config.resume={config.resume}: there is no checkpoint")
+            raise TrainingError(f"{where}: there is no checkpoint")
         if saved.step >= config.num_steps:
             raise TrainingError(
-                f"config.resume={config.resume} is at step {saved.step} already: num_steps="
-                f"{config.num_steps} must be larger"
+                f"{where} is at step {saved.step} already: num_steps={config.num_steps} must be "
+                "larger"
             )
     return saved
 
 
-def begin(config: ConfigDict, folder: epath.PathLike, state: Any, network: str) -> None:
-    """Says what is trained, checks that all processes agree, and writes the run's description.
+def begin(config: ConfigDict, folder: epath.Path, state: Any, network: str) -> None:
+    """Checks that all processes agree, prints what is trained, writes config.json, parameters.txt.
 
-    Args:
-      config: the options of the run, written to config.json.
-      folder: of the run. Lines of train_log.jsonl that are ahead of the state are removed.
-      state: to start from.
-      network: name of the field of the state with the parameters that are listed in
-        parameters.txt.
+    Lines of train_log.jsonl that are ahead of the state are removed.
 
     Raises UsageError if processes differ in their options or in the state.
     """
-    folder, params, step = epath.Path(folder), getattr(state, network), int(state.step)
+    params, step = getattr(state, network), int(state.step)
     parameters = sum(x.size for x in jax.tree.leaves(params))
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     resumed = f"; resumed at step {step}" if step else ""
@@ -228,63 +232,75 @@ def begin(config: ConfigDict, folder: epath.PathLike, state: Any, network: str) 
         train_log.keep_until(folder / "train_log.jsonl", step)
 
 
+def run(
+    config: ConfigDict,
+    folder: epath.PathLike,
+    training: Training,
+    *,
+    make_batches: Callable[..., Iterator[Batch]],
+    writer: Any = None,
+) -> checkpoint.Saved:
+    """Trains until `config.num_steps`, or resumes; returns the newest checkpoint.
+
+    Of `config` the loop reads num_steps, log_every, checkpoint_every, batch_size, seed and resume;
+    all options are saved. The other arguments, the result and errors are those of `train.fit`.
+    """
+    folder = epath.Path(folder)
+    with checkpoint.open_manager(folder / "checkpoints") as manager:
+        saved = restore(manager, config, training)
+        if saved is None or saved.step < config.num_steps:
+            step = compile_ahead(training, config.batch_size)  # while the state is created
+            state, record = training.start(saved)
+            begin(config, folder, state, training.network)
+            batches = make_batches(
+                training.arrays,
+                int(state.step),
+                batch_size=config.batch_size,
+                seed=config.seed,
+                rows=distributed.rows(config.batch_size),
+            )
+            training = training._replace(step=step)
+            saved = run_steps(config, manager, training, state, record, batches, writer)
+    return saved._replace(state=to_state_dict(saved.state))
+
+
 def run_steps(
     config: ConfigDict,
     manager: checkpoint.Manager,
+    training: Training,
     state: Any,
-    record: dict[str, Any],
-    *,
-    step_fn: Callable,
-    arrays: Mapping[str, np.ndarray],
-    make_batches: Callable[..., Iterator[Batch]],
-    key: Array,
-    options: Any,
-    learning_rate: Callable[[int], float],
-    on_checkpoint: Callable[[Any, int], tuple[dict[str, Any], dict[str, np.ndarray]]],
-    writer: Any = None,
-) -> Any:
-    """Runs steps until `config.num_steps`; returns the last state.
-
-    Args:
-      config: num_steps, log_every, checkpoint_every, batch_size; it is saved with checkpoints.
-      manager: of the checkpoints. The other files are written to the folder above.
-      state: to start from.
-      record: saved with checkpoints: `train_seconds` and what is known of the run.
-      arrays, make_batches: the training images and `images.batches.train_batches`.
-      step_fn, key, options: the step (`compile_ahead`) and its arguments.
-      learning_rate: given the number of steps done, returns the next step's.
-      on_checkpoint: given state and step, returns additions to the record, and pictures by name.
-      writer: of clu.metric_writers, for TensorBoard, or None.
-
-    Raises TrainingError if a metric is not finite or batches end early, Stopped after a signal.
-    """
+    record: Record,
+    batches: Iterator[Batch],
+    writer: Any,
+) -> checkpoint.Saved:
+    """Runs steps from `state` until `config.num_steps`; returns the last checkpoint; see `run`."""
     start, is_main = int(state.step), distributed.is_main_process()
     log_path = epath.Path(manager.directory).parent / "train_log.jsonl"
     options_json = json.loads(config.to_json())
     earlier_seconds, began = record["train_seconds"], time.monotonic()
-    state, key, options = replicate((state, key, options))
-    rows = distributed.rows(config.batch_size)
-    batches = make_batches(arrays, start, batch_size=config.batch_size, seed=config.seed, rows=rows)
+    state, key, options = replicate((state, training.key, training.options))
     pending: list[dict[str, Array]] = []  # metrics of the steps since the last line of the log
-    step = start
+    step, saved = start, None
     with contextlib.ExitStack() as stack:
         steps = range(start + 1, config.num_steps + 1)
         for step, batch in zip(steps, batches, strict=False):
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                state, metrics = step_fn(state, shard(batch), key, options)
+                state, metrics = training.step(state, shard(batch), key, options)
             pending.append(metrics)
             # Two queued steps keep devices busy; hundreds starve the threads of CPU devices.
             jax.block_until_ready(pending[-3:][0])
-            if step == start + 1:  # what follows does not compile: from here time is speed
+            if step == start + 1:  # it compiled: speed is measured from here on
                 stack.enter_context(distributed.finish_step_on_interrupt())
                 timed_step, timed_at = step, time.monotonic()
                 bar = stack.enter_context(_progress_bar(config, step, is_main))
             bar.update()
             stop = distributed.must_stop()
             save = stop or step % config.checkpoint_every == 0 or step == config.num_steps
+
+            # Log.
             if save or step % config.log_every == 0:
                 line, pending = {"step": step} | _means(pending, step), []
-                line["learning_rate"] = float(learning_rate(step - 1))
+                line["learning_rate"] = float(training.learning_rate(step - 1))
                 now = time.monotonic()
                 if step > timed_step:
                     speed = (step - timed_step) * config.batch_size / (now - timed_at)
@@ -292,21 +308,23 @@ def run_steps(
                 timed_step, timed_at = step, now
                 if is_main:
                     train_log.write_line(log_path, line, bar, config.num_steps, writer)
+
+            # Save. All processes predict and save together; orbax lets one of them write.
             if save:
                 seconds = earlier_seconds + time.monotonic() - began
                 with progress.waiting("predicting the held-out images", "compiles once"):
-                    additions, pictures = on_checkpoint(state, step)
+                    additions, images = training.on_checkpoint(state, step)
                 record |= additions | {"train_seconds": seconds}
-                checkpoint.save(manager, state, step, config=options_json, record=record)
+                saved = checkpoint.save(manager, state, step, config=options_json, record=record)
                 if writer is not None:
-                    writer.write_images(step, pictures)
+                    writer.write_images(step, images)
                     writer.flush()
                 timed_at = time.monotonic()
             if stop and step < config.num_steps:
                 raise distributed.Stopped(f"stopped at step {step} of {config.num_steps}")
     if step < config.num_steps:
         raise TrainingError(f"the training images ended at step {step}")
-    return state
+    return saved
 
 
 def _means(pending: list[dict[str, Array]], last_step: int) -> dict[str, float]:
@@ -321,7 +339,7 @@ def _progress_bar(config: ConfigDict, step: int, is_main: bool) -> tqdm:
     return tqdm(
         initial=step - 1,
         total=config.num_steps,
-        disable=None if is_main else True,  # None: where there is no terminal
+        disable=None if is_main else True,  # None: disabled unless there is a terminal
         unit="step",
         leave=False,
     )

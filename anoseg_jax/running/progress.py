@@ -8,18 +8,18 @@ from collections.abc import Iterator
 
 from anoseg_jax.running import distributed
 
-# Seconds until a wait is announced, and between two signs of life where there is no terminal.
+# Seconds until a wait is announced, and between two lines where there is no terminal.
 ANNOUNCE_AFTER = 1.0
 REPEAT_AFTER = 10.0
 
 
 @contextlib.contextmanager
 def waiting(what: str, duration: str, began: float | None = None) -> Iterator[None]:
-    """Announces what is done in the `with` block if it takes longer than a second.
+    """Announces what the `with` block does if it takes longer than a second.
 
-    In a terminal a clock counts; elsewhere there is a line at the start, every ten seconds and at
-    the end. A thread of its own writes: the block may be in a compiler that does not return to
-    Python.
+    In a terminal a clock counts the seconds; elsewhere a line is printed at the start, every ten
+    seconds and at the end. A separate thread writes: the block may be in a compiler that does not
+    return to Python.
 
     Args:
       what: for example "compiling the training step".
@@ -40,11 +40,8 @@ def waiting(what: str, duration: str, began: float | None = None) -> Iterator[No
             return
         say(f"{what} ({duration}) ...", "" if terminal else "\n")
         while not done.wait(1.0 if terminal else REPEAT_AFTER):
-            seconds = time.monotonic() - began
-            clock = (
-                f"{what} ({duration}) ... {seconds:.0f} s" if terminal else f"... {seconds:.0f} s"
-            )
-            say(f"\r{clock}" if terminal else clock, "" if terminal else "\n")
+            clock = f"... {time.monotonic() - began:.0f} s"
+            say(*((f"\r{what} ({duration}) {clock}", "") if terminal else (clock, "\n")))
         seconds = time.monotonic() - began
         say(("\r\033[K" if terminal else "") + f"{what}: {seconds:.0f} s", "\n")
 

@@ -18,7 +18,7 @@ LOSSES = ("loss_segmentation", "loss_adversarial", "loss_reconstruction", "loss_
 
 
 def create_writer(category_dir: Path) -> Any:
-    """Returns a clu writer of TensorBoard events; brings in TensorFlow."""
+    """Returns a clu writer of TensorBoard events; imports TensorFlow."""
     from clu import metric_writers
 
     return metric_writers.SummaryWriter(str(category_dir))
@@ -38,7 +38,7 @@ def write_line(
 ) -> None:
     """Adds the line to the log and to TensorBoard, and shows it on the bar.
 
-    Where there is no terminal it is printed as text. Losses that are switched off are null.
+    Without a terminal it is printed as text. Losses that are switched off are null.
     """
     if writer is not None:
         writer.write_scalars(line["step"], {k: v for k, v in line.items() if k != "step"})
@@ -46,13 +46,13 @@ def write_line(
     before = path.read_text() if path.exists() else ""
     files.write_text(path, before + json.dumps(complete) + "\n")
     terms = {name.removeprefix("loss_")[:3]: line[name] for name in LOSSES if name in line}
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
+    text = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
     if not bar.disable:
-        bar.set_postfix_str(shown)
+        bar.set_postfix_str(text)
         return
     speed = line.get("images_per_second")
     rate = f"  {speed:.1f} images/s" if speed else ""
-    print(f"step {line['step']}/{num_steps}  {shown}{rate}", flush=True)
+    print(f"step {line['step']}/{num_steps}  {text}{rate}", flush=True)
 
 
 def draw_panels(

@@ -52,6 +52,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(
             features=features.features(),
+            # The bit depth of the files, `images.decode.read_image`, is filled in with the images.
+            metadata=tfds.core.MetadataDict(bit_depth=8),
             supervised_keys=("image", "label"),
             homepage="https://www.mvtec.com/company/research/datasets/mvtec-ad",
         )
@@ -63,11 +65,18 @@ class Builder(tfds.core.GeneratorBasedBuilder):
                 root = root / name
         categories = layout.scan_categories(root, (self.builder_config.name,))
         layout.require_usable(categories)
+        (category,) = categories
+        if any(example.ignore for example in (*category.train, *category.test)):
+            raise layout.LayoutError(
+                f"{category.root}: has masks of pixels to ignore, which a TFDS data set does not "
+                "hold: read the folder itself, --config.dataset=folder"
+            )
+        self.info.metadata["bit_depth"] = category.bit_depth
         return {
-            "train": self._generate_examples(categories[0].train),
-            "test": self._generate_examples(categories[0].test),
+            "train": self._generate_examples(category.train, category.bit_depth),
+            "test": self._generate_examples(category.test, category.bit_depth),
         }
 
-    def _generate_examples(self, examples: tuple[layout.Example, ...]):
+    def _generate_examples(self, examples: tuple[layout.Example, ...], bit_depth: int):
         for example in examples:
-            yield example.name, features.encode(layout.load(example))
+            yield example.name, features.encode(layout.load(example, bit_depth=bit_depth))

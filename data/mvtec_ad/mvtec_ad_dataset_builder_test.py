@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
 
-from anoseg_jax.images import layout
+from anoseg_jax.images import input_pipeline, layout
+from data import sources
 from data.mvtec_ad import mvtec_ad_dataset_builder
 
 DUMMY_DATA = Path(__file__).parent / "dummy_data"
@@ -76,4 +78,31 @@ def test_a_damaged_image_is_an_error_that_names_it(tmp_path):
     shutil.copytree(DUMMY_DATA / "tile", tmp_path / "manual" / "tile")
     (tmp_path / "manual" / "tile" / "train" / "good" / "001.png").write_bytes(b"")
     with pytest.raises(layout.LayoutError, match="train/good/001.png: is empty"):
+        prepare(tmp_path, tmp_path / "manual", "tile")
+
+
+def test_the_bit_depth_of_the_files_is_fixed_and_kept_when_the_data_set_is_built(tmp_path):
+    tile = tmp_path / "manual" / "tile"
+    shutil.copytree(DUMMY_DATA / "tile", tile)
+    deep = np.random.default_rng(0).integers(0, 4096, (14, 20), np.uint16)
+    for path in (*tile.glob("train/*/*.png"), *tile.glob("test/*/*.png")):
+        Image.fromarray(deep).save(path)
+    prepare(tmp_path, tmp_path / "manual", "tile")
+    shutil.rmtree(tmp_path / "manual")
+    splits = sources.open_prepared(
+        "mvtec_ad", ("tile",), data_dir="", tfds_dir=str(tmp_path / "tfds")
+    )["tile"]
+    assert splits.bit_depth == 12
+    arrays = input_pipeline.load_arrays(splits.train, (14, 20))
+    np.testing.assert_array_equal(arrays["image"][0, ..., 0], np.round(deep * (255 / 4095)))
+    assert splits.at_bit_depth(12) is splits
+    with pytest.raises(layout.LayoutError, match="has bit_depth=12, the model 16"):
+        splits.at_bit_depth(16)
+
+
+def test_pixels_to_ignore_are_refused_with_what_to_do(tmp_path):
+    shutil.copytree(DUMMY_DATA / "tile", tmp_path / "manual" / "tile")
+    masks = sorted((tmp_path / "manual" / "tile" / "ground_truth").glob("*/*.png"))
+    shutil.copy(masks[0], tmp_path / "manual" / "tile" / "ignore.png")
+    with pytest.raises(layout.LayoutError, match="tile: has masks of pixels to ignore.*folder"):
         prepare(tmp_path, tmp_path / "manual", "tile")

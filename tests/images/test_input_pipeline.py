@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from drawings import photo, save
 
-from anoseg_jax.images import batches, input_pipeline
+from anoseg_jax.images import batches, decode, input_pipeline, layout
 
 
 def example(index, *, size=(8, 8), mask=None):
@@ -40,23 +41,23 @@ def test_no_examples_make_empty_arrays_of_the_same_keys():
 def test_enlarged_and_reduced_images_are_antialiased():
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    reduced = input_pipeline.resize_image(stripes, (16, 16))
+    reduced = decode.resize_image(stripes, (16, 16))
     assert np.all(np.abs(reduced[:, 1:-1].astype(int) - 127) <= 3)  # not all black or white
 
 
 def test_masks_are_resized_by_nearest_neighbour():
     mask = np.zeros((8, 8), bool)
     mask[:4, 4:] = True
-    resized = input_pipeline.resize_mask(mask, (4, 4))
+    resized = decode.resize_mask(mask, (4, 4))
     np.testing.assert_array_equal(resized, mask[::2, ::2])
-    np.testing.assert_array_equal(input_pipeline.resize_mask(resized, (8, 8)), mask)
+    np.testing.assert_array_equal(decode.resize_mask(resized, (8, 8)), mask)
 
 
 @pytest.mark.parametrize("pixel", [(0, 0), (50, 31), (99, 99), (13, 78)])
 def test_a_defect_of_one_pixel_never_vanishes(pixel):
     mask = np.zeros((100, 100), bool)
     mask[pixel] = True
-    resized = input_pipeline.resize_mask(mask, (9, 7))
+    resized = decode.resize_mask(mask, (9, 7))
     assert 1 <= resized.sum() <= 4
     assert resized[pixel[0] * 9 // 100, pixel[1] * 7 // 100]
 
@@ -83,3 +84,51 @@ def test_test_batches_hold_every_image_once():
     assert [len(batch["label"]) for batch in test_batches] == [2, 2, 1]
     names = np.concatenate([batch["name"] for batch in test_batches])
     np.testing.assert_array_equal(names, arrays["name"])
+
+
+# Files that change between the check and the reading.
+
+
+def split_of(folder):
+    category = layout.scan(folder)
+    layout.require_usable([category])
+    return input_pipeline.from_files(category.test, layout.load)
+
+
+@pytest.mark.parametrize("name", ["test/scratch/001.png", "ground_truth/scratch/001_mask.png"])
+@pytest.mark.parametrize("load", [lambda x: input_pipeline.load_arrays(x, (8, 8)), "load_masks"])
+def test_a_file_that_disappears_after_the_check_is_one_error_that_names_it(folder, name, load):
+    split = split_of(folder)
+    (folder / name).unlink()
+    with pytest.raises(layout.ImageError) as error:
+        (getattr(input_pipeline, load) if isinstance(load, str) else load)(split)
+    assert str(error.value).startswith(f"{folder / name}: cannot be opened (No such file")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_cut_short_after_the_check_is_named_and_can_be_mended(folder):
+    split, path = split_of(folder), folder / "test/good/000.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:60])
+    with pytest.raises(layout.ImageError, match="000.png: is damaged or cut short"):
+        input_pipeline.load_arrays(split, (8, 8))
+    path.write_bytes(whole)
+    assert len(input_pipeline.load_arrays(split, (8, 8))["label"]) == 4
+    (folder / "test/scratch/001.png").unlink()
+    with pytest.raises(layout.ImageError, match="scratch/001.png: cannot be opened"):
+        input_pipeline.load_arrays(split, (8, 8))
+
+
+def test_an_image_that_has_another_size_than_at_the_check_is_named(folder):
+    split, path = split_of(folder), folder / "test/scratch/000.png"
+    save(photo(0, (5, 7)), path)
+    with pytest.raises(layout.ImageError, match="000_mask.png: is 16x12 pixels, its image .* 7x5"):
+        input_pipeline.load_arrays(split, (8, 8))
+
+
+def test_any_other_error_of_reading_comes_out_as_it_is():
+    def load(example):
+        raise ZeroDivisionError(f"example {example}")
+
+    with pytest.raises(ZeroDivisionError, match="example 3"):
+        input_pipeline.load_arrays(input_pipeline.from_files([3], load), (8, 8))

@@ -6,44 +6,28 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-import tiny_config
+from replays import IMAGES, export, make_config
 
 from anoseg_jax.images import batches
 from anoseg_jax.interop import replay, torch_weights
-from anoseg_jax.method import train, train_state
+from anoseg_jax.method import memory_bank, train, train_state
 
-IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 48, 3), np.uint8)
-IMAGES[5] = IMAGES[2]  # equal images have one id
 STEPS = 3
-
-
-def make_config(bank_size=64):
-    config = tiny_config.get_config("bolt")
-    config.image_size = (32, 48)
-    config.num_steps = STEPS
-    config.log_every = 1
-    config.checkpoint_every = STEPS
-    config.defects.preset = "plain"  # compiles fast
-    config.memory_bank.size = bank_size
-    return config
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A replay of three steps."""
-    folder = tmp_path_factory.mktemp("replay")
-    replay.export(make_config(), IMAGES, folder)
-    return folder
+    return export(tmp_path_factory.mktemp("replay"), STEPS)
 
 
 def test_a_replay_has_the_losses_weights_and_bank_of_fit(folder, tmp_path):
-    config = make_config()
+    config = make_config(STEPS)
     written = json.loads((folder / "replay.json").read_text())
-    assert written["format"] == "anoseg_jax replay 2"
+    assert written["format"] == "anoseg_jax replay 3"
     initial, metadata = torch_weights.load(folder / "initial.safetensors")
     assert metadata["config"] == written["config"] == json.loads(config.to_json())
 
-    state = train.fit(config, IMAGES, tmp_path / "run")
+    state = train.fit(config, IMAGES, tmp_path / "run").state
     log = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").open()]
     assert len(log) == len(written["steps"]) == STEPS
     for logged, line in zip(log, written["steps"], strict=True):
@@ -54,7 +38,7 @@ def test_a_replay_has_the_losses_weights_and_bank_of_fit(folder, tmp_path):
     # The bank is that of fit to the bit, before the first step and after the last.
     final, _ = torch_weights.load(folder / "final.safetensors")
     weights = torch_weights.group(final, "weights")
-    bank = torch_weights.generator_arrays({}, state.memory_bank)
+    bank = {"memory_bank": state["memory_bank"]}
     for name, array in torch_weights.to_torch({"generator": bank}).items():
         np.testing.assert_array_equal(initial[name], array, err_msg=name)
         np.testing.assert_array_equal(weights[name], array, err_msg=name)
@@ -62,20 +46,18 @@ def test_a_replay_has_the_losses_weights_and_bank_of_fit(folder, tmp_path):
     # The weights are those of training's step on one device, as replay has one.
     static, options = train_state.split_options(config)
     init_key, step_key = train_state.seed_keys(config.seed)
-    create = train_state.jit_once(train_state.create_state, "static", "image_size")
+    create = train_state.jit_create(train_state.create_state)
     one = create(init_key, options, static=static, image_size=config.image_size)
-    one = one.replace(memory_bank=state.memory_bank)
+    one = one.replace(memory_bank=memory_bank.from_dicts(state["memory_bank"]))
     step = jax.jit(partial(train.train_step, static=static, axis_name=None))
-    image_ids = batches.assign_image_ids(IMAGES)
-    kept, _ = batches.hold_out(image_ids, fraction=config.held_out, seed=config.seed)
-    arrays = {"image": IMAGES[kept], "image_id": image_ids[kept]}
+    arrays, _ = train.split_images(config, IMAGES)
     stream = batches.train_batches(arrays, 0, batch_size=config.batch_size, seed=config.seed)
     for _, batch in zip(range(STEPS), stream, strict=False):
         one, _ = step(one, batch, step_key, options)
     averages = torch_weights.group(final, "average")
     for name, array in torch_weights.to_torch({"generator": one.ema}).items():
         np.testing.assert_allclose(averages[name], array, atol=1e-5, err_msg=name)
-    players = {"generator": one.generator, "discriminator": one.discriminator}
+    players = {player: getattr(one, player) for player in one.PLAYERS}
     for name, array in torch_weights.to_torch(players).items():
         np.testing.assert_allclose(weights[name], array, atol=1e-5, err_msg=name)
 
@@ -87,15 +69,9 @@ def test_a_replay_has_the_losses_weights_and_bank_of_fit(folder, tmp_path):
 
 
 def test_batches_are_those_of_training_with_image_ids_and_distances(folder):
-    config = make_config()
-    image_ids = batches.assign_image_ids(IMAGES)
-    kept, _ = batches.hold_out(image_ids, fraction=config.held_out, seed=config.seed)
-    expected = batches.train_batches(
-        {"image": IMAGES[kept], "image_id": image_ids[kept]},
-        0,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
+    config = make_config(STEPS)
+    arrays, _ = train.split_images(config, IMAGES)
+    expected = batches.train_batches(arrays, 0, batch_size=config.batch_size, seed=config.seed)
     for step, (batch, _) in enumerate(zip(expected, range(STEPS), strict=False), start=1):
         arrays, _ = torch_weights.load(folder / f"batch_{step:05}.safetensors")
         assert {name: (x.dtype.name, x.shape) for name, x in arrays.items()} == {
@@ -111,8 +87,7 @@ def test_batches_are_those_of_training_with_image_ids_and_distances(folder):
 
 
 def test_without_a_bank_and_with_moments_by_the_names_of_their_parameters(tmp_path):
-    config = make_config(bank_size=0)
-    config.num_steps = 1
+    config = make_config(1, bank_size=0)
     replay.export(config, IMAGES, tmp_path)
     batch, _ = torch_weights.load(tmp_path / "batch_00001.safetensors")
     assert batch.keys() == {"good", "defective", "masks", "image_ids"}

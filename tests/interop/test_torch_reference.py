@@ -8,10 +8,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny_config
+from replays import IMAGES, export, make_config
 
 from anoseg_jax.evaluation import evaluate
-from anoseg_jax.interop import replay, torch_weights
+from anoseg_jax.interop import torch_weights
 from anoseg_jax.method import detector, losses, predict
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
@@ -21,23 +21,11 @@ import torch_replay  # noqa: E402
 
 torch.set_num_threads(1)  # threads that wait for each other take longer than these networks
 STEPS = 20
-IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 48, 3), np.uint8)
-
-
-def make_config():
-    config = tiny_config.get_config("bolt")
-    config.image_size = (32, 48)
-    config.num_steps = STEPS
-    config.defects.preset = "plain"  # compiles fast
-    return config
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A replay of 20 steps."""
-    folder = tmp_path_factory.mktemp("replay")
-    replay.export(make_config(), IMAGES, folder)
-    return folder
+    return export(tmp_path_factory.mktemp("replay"), STEPS)
 
 
 def largest(row, *kinds):
@@ -53,13 +41,13 @@ def test_in_float64_outputs_gradients_and_20_steps_agree(folder):
         assert largest(row, *torch_replay.kinds_of(rows)) < 1e-8
     # The report says so, and where the first difference is if the twin's step were another one.
     assert torch_replay.first_difference(rows, 1e-8) == "within 1e-08 in all of 20 steps"
-    rows[1]["weights"] = {"difference": 0.5, "of": "generator.map_head.convs.0.bias"}
-    said = torch_replay.first_difference(rows, 1e-8)
-    assert "from step 2 on: weights by 5.0e-01 (generator.map_head.convs.0.bias)" in said
+    rows[1]["weights"] = {"difference": 0.5, "of": "generator.anomaly_head.convs.0.bias"}
+    report = torch_replay.first_difference(rows, 1e-8)
+    assert "from step 2 on: weights by 5.0e-01 (generator.anomaly_head.convs.0.bias)" in report
 
 
 def test_distances_of_the_bank_agree_and_leave_the_image_out(folder):
-    config = make_config()
+    config = make_config(STEPS)
     arrays, _ = torch_weights.load(folder / "initial.safetensors")
     generator, _ = torch_reference.create(config)
     generator.load_state_dict(
@@ -69,16 +57,17 @@ def test_distances_of_the_bank_agree_and_leave_the_image_out(folder):
     defective, image_ids = tensor(batch["defective"]), tensor(batch["image_ids"])
     distances = generator.bank_distances(defective, image_ids)
     np.testing.assert_allclose(distances.numpy(), batch["bank_distances"], rtol=1e-3, atol=1e-3)
-    good, no_ids = tensor(batch["good"]), None
-    in_bank = torch.isin(image_ids, generator.memory.source)
+    good = tensor(batch["good"])
+    patch_image_ids = generator.memory_bank["fine"].patch_image_ids
+    in_bank = torch.isin(image_ids, patch_image_ids)
     assert in_bank.any()
-    with_own = generator.bank_distances(good, no_ids)[in_bank]
-    without = generator.bank_distances(good, image_ids)[in_bank]
-    assert bool((without >= with_own).all()) and not torch.equal(without, with_own)
+    to_all = generator.bank_distances(good)[in_bank]
+    to_others = generator.bank_distances(good, image_ids)[in_bank]
+    assert bool((to_others >= to_all).all()) and not torch.equal(to_others, to_all)
     # With one image in the bank nothing is left out.
-    generator.memory.source.fill_(7)
-    all_own = generator.bank_distances(good, torch.full((len(good),), 7))
-    assert torch.equal(all_own, generator.bank_distances(good))
+    patch_image_ids.fill_(7)
+    of_one_image = generator.bank_distances(good, torch.full((len(good),), 7))
+    assert torch.equal(of_one_image, generator.bank_distances(good))
 
 
 def test_a_replay_of_another_format_is_refused(folder, tmp_path):
@@ -142,7 +131,7 @@ def test_each_adversarial_loss_agrees(kind):
 
 
 def test_without_adversarial_loss_the_discriminator_stays():
-    config = make_config()
+    config = make_config(STEPS)
     config.loss.adversarial_weight = 0.0
     config.memory_bank.size = 0
     training = torch_reference.Training(*torch_reference.create(config), config)
@@ -159,7 +148,7 @@ def test_without_adversarial_loss_the_discriminator_stays():
 
 def test_the_twins_maps_and_scores_have_the_same_metrics(folder):
     """Of generator and detector with converted weights: all of results.json that is measured."""
-    config = make_config()
+    config = make_config(STEPS)
     arrays, _ = torch_weights.load(folder / "final.safetensors")
     arrays = torch_weights.group(arrays, "weights")
     twin, _ = torch_reference.create(config)

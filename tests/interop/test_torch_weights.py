@@ -1,6 +1,7 @@
 """Weights to a state_dict of PyTorch and back; PyTorch is not needed."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import tiny_config
 
 from anoseg_jax.deploy.predictor import Predictor
 from anoseg_jax.interop import torch_weights
-from anoseg_jax.method import detector, memory_bank, train_state
+from anoseg_jax.method import detector, predict, train_state
 from anoseg_jax.running import checkpoint
 
 CONFIG = tiny_config.get_config("bolt")
@@ -48,30 +49,32 @@ def test_there_and_back_changes_no_bit_and_no_name(case):
     assert checkpoint.arrays_sha256(back) == checkpoint.arrays_sha256(params)
     assert jax.tree.structure(back) == jax.tree.structure(params)
     assert len(arrays) == len(jax.tree.leaves(params))
-    assert not [name for name in arrays if "_0" in name]  # all of Flax's names have another
 
 
-def test_names_of_the_memory_bank_are_those_of_the_files():
-    arrays = torch_weights.to_torch(random_like(generator_template()))
-    for scale in ("memory", "coarse_memory"):
-        names = set(torch_weights.group(arrays, f"generator.{scale}"))
-        assert names == {"mean", "basis", "patches", "source", "place", "centre", "spread"}
-        assert arrays[f"generator.{scale}.source"].dtype == np.int32
-    networks = {name.split(".")[1] for name in arrays if name.startswith("generator.")}
-    assert networks == {"reconstructor", "map_head", "memory", "coarse_memory"}
+def test_names_are_those_of_the_modules_in_pytorch():
+    generator, networks = (
+        torch_weights.to_torch(random_like(template))
+        for template in (generator_template(), detector_template())
+    )
+    banks = {name for name in generator if ".memory_bank." in name}
+    arrays = "basis|distance_mean|distance_std|mean|patch_image_ids|patches|position_scale"
+    assert len(banks) == 2 * 7
+    assert all(re.fullmatch(rf"generator.memory_bank.(fine|coarse).({arrays})", x) for x in banks)
+    layers = r"blocks\.\d\.(conv\.weight|norm\.(weight|bias))|convs\.\d\.(weight|bias)"
+    modules = r"generator\.(reconstructor|anomaly_head)|discriminator|detector\.reconstructor"
+    for name in {*generator, *networks} - banks:
+        assert re.fullmatch(rf"({modules})\.({layers})", name), name
 
 
-def test_layouts_and_names_are_pytorchs():
-    block = {"Conv_0": {"kernel": np.zeros((3, 5, 7, 11))}, "GroupNorm_0": {"scale": np.zeros(11)}}
-    head = {"kernel": np.arange(6).reshape(2, 3), "bias": np.zeros(3)}
-    arrays = torch_weights.to_torch({"anomaly_head": {"ConvBlock_2": block, "Dense_0": head}})
-    assert {name: array.shape for name, array in arrays.items()} == {
-        "map_head.blocks.2.conv.weight": (11, 7, 3, 5),
-        "map_head.blocks.2.norm.weight": (11,),
-        "map_head.Dense_0.weight": (3, 2),
-        "map_head.Dense_0.bias": (3,),
-    }
-    assert arrays["map_head.Dense_0.weight"].tolist() == [[0, 3], [1, 4], [2, 5]]
+def test_kernels_are_transposed_and_other_arrays_are_not():
+    params = random_like(generator_template())["discriminator"]
+    arrays = torch_weights.to_torch(params)
+    by_shape = lambda leaves: {x.shape: x for x in leaves}  # noqa: E731
+    ours, pytorchs = by_shape(jax.tree.leaves(params)), by_shape(arrays.values())
+    width, channels = CONFIG.model.discriminator_width, 4 * 6  # image, map and coordinates, folded
+    kernel = ours[3, 3, channels, width]
+    np.testing.assert_array_equal(pytorchs[width, channels, 3, 3], kernel.transpose(3, 2, 0, 1))
+    np.testing.assert_array_equal(arrays["convs.1.bias"], ours[1,])
 
 
 def test_all_that_does_not_fit_is_listed_at_once():
@@ -79,12 +82,12 @@ def test_all_that_does_not_fit_is_listed_at_once():
     arrays = torch_weights.to_torch(random_like(template))
     arrays["generator.extra"] = arrays.pop("discriminator.convs.0.bias")
     arrays["discriminator.convs.0.weight"] = np.zeros((8, 24, 3, 1), np.float32)
-    arrays["generator.memory.source"] = np.zeros(64, np.float32)
+    arrays["generator.memory_bank.fine.patch_image_ids"] = np.zeros(64, np.float32)
     with pytest.raises(torch_weights.WeightsError) as error:
         torch_weights.from_torch(arrays, template)
     assert sorted(str(error.value).splitlines()) == [
         "discriminator.convs.0.weight: float32 [8, 24, 3, 1], must be float32 [8, 24, 3, 3]",
-        "generator.memory.source: float32 [64], must be int32 [64]",
+        "generator.memory_bank.fine.patch_image_ids: float32 [64], must be int32 [64]",
         "missing: discriminator.convs.0.bias",
         "not known: generator.extra",
     ]
@@ -117,8 +120,9 @@ def test_a_file_becomes_a_checkpoint_that_predicts_and_the_same_file_again(case,
     file = tmp_path / "model.safetensors"
     write(file, params, config, step=5)
     assert there_and_back(file, tmp_path / "run")["step"] == 5
-    bank = memory_bank.from_dicts(params["generator"].pop("memory_bank", None))
-    sha256 = detector.generator_sha256(params["generator"], bank)
+    bank = params["generator"].pop("memory_bank", None)
+    variables = predict.variables_of({"ema": params["generator"], "memory_bank": bank})
+    sha256 = checkpoint.arrays_sha256(variables)
     predictor = Predictor(tmp_path / "run")
     assert predictor.weights_sha256 == sha256
     assert predictor.step == 5
@@ -178,15 +182,3 @@ def test_a_file_or_folder_that_cannot_be_used_is_refused_in_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert torch_weights.main(["export", str(tmp_path / "none"), str(path)]) == 2
-
-
-def test_a_checkpoint_of_an_older_version_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
-    write(tmp_path / "model.safetensors", random_like(generator_template()))
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", 1)
-        torch_weights.import_checkpoint(tmp_path / "model.safetensors", tmp_path / "run")
-    file = tmp_path / "again.safetensors"
-    assert torch_weights.main(["export", str(tmp_path / "run"), str(file)]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "was written by an older version of anoseg_jax" in lines[0]
-    assert not file.exists()

@@ -22,7 +22,6 @@ def draw(arrays, keys, image):
 
 
 def test_nothing_is_changed_when_all_is_off():
-    np.testing.assert_array_equal(augment.augment(jax.random.key(0), IMAGE), IMAGE)
     assert all(np.array_equal(image, IMAGE) for image in draw(options(), KEYS, IMAGE))
 
 
@@ -97,7 +96,18 @@ def test_other_values_of_the_options_do_not_trace_again():
     assert len(traces) == 1
 
 
-def test_the_warp_stays_conditional_in_a_batch():
-    # As a select it would warp the images of every category.
-    traced = jax.make_jaxpr(draw)(options(), KEYS[:2], IMAGE)
-    assert " cond[" in str(traced)
+def test_images_are_warped_only_if_an_option_asks_for_it(monkeypatch):
+    """Also in a batch: otherwise the images of every category would be warped."""
+    warp, calls = augment.warp, []
+
+    def counted(*args):
+        jax.debug.callback(lambda: calls.append(1))
+        return warp(*args)
+
+    monkeypatch.setattr(augment, "warp", counted)
+    batch = jax.jit(lambda arrays: jax.vmap(lambda k: augment.augment(k, IMAGE, **arrays))(KEYS))
+    for arrays, is_warped in ((options(brightness=0.1), False), (options(shift=0.1), True)):
+        calls.clear()
+        jax.block_until_ready(batch(arrays))
+        jax.effects_barrier()
+        assert bool(calls) == is_warped

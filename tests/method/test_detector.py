@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_config
+from killed import Killed, killed_after
 
 from anoseg_jax.deploy.predictor import Predictor
 from anoseg_jax.evaluation import evaluate
 from anoseg_jax.evaluation.results import write_evaluation, write_results
 from anoseg_jax.images import batches
-from anoseg_jax.method import detector, memory_bank, models, predict, train
+from anoseg_jax.method import detector, models, predict, train, train_state
 from anoseg_jax.running import checkpoint, loop
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
-KEPT, HELD_OUT = batches.hold_out(np.arange(len(IMAGES)), fraction=0.4, seed=0)
 
 
 def make_config(**changes):
@@ -30,38 +30,37 @@ def make_config(**changes):
     return config
 
 
-class Killed(Exception):
-    """Stands for the end of the process: nothing after it runs."""
-
-
-def killed_after_three_steps(arrays, start, **options):
-    yield from itertools.islice(batches.train_batches(arrays, start, **options), 3)
-    raise Killed
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    """A category's folder, and what `train.fit` returned."""
+    folder = tmp_path_factory.mktemp("bolt")
+    return folder, train.fit(make_config(), IMAGES, folder)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A category with a generator; its detector is killed once and resumed."""
-    folder = tmp_path_factory.mktemp("bolt")
-    train.fit(make_config(), IMAGES, folder)
+def trained(generator):
+    """What `detector.fit` returned; the generator is read from its folder, and stays as it is."""
+    folder, _ = generator
     files = [path for path in sorted((folder / "checkpoints").rglob("*")) if path.is_file()]
     before = [path.read_bytes() for path in files]
-    with pytest.raises(Killed):
-        detector.fit(make_config(), IMAGES, folder, make_batches=killed_after_three_steps)
-    detector.fit(make_config(), IMAGES, folder)
+    saved = detector.fit(make_config(), IMAGES, folder)
     assert [path.read_bytes() for path in files] == before
-    return folder
+    return saved
 
 
 @pytest.fixture(scope="module")
-def predictor(folder):
-    return Predictor(folder, batch_size=4, detector=True)
+def predictor(generator, trained):
+    return Predictor(generator[0], batch_size=4, detector=True)
 
 
-def generator_of(folder):
-    """Returns the generator's averaged weights and memory bank, as the detector gets them."""
-    state = checkpoint.restore_newest(folder / "checkpoints").state
-    return {"params": state["ema"], "memory_bank": memory_bank.from_dicts(state["memory_bank"])}
+def log_lines(folder):
+    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+
+
+def initial_state():
+    static, options = detector.split_options(make_config())
+    create = train_state.jit_create(detector.create_state)
+    return create(detector.seed_keys(0)[0], options, static=static, image_size=(32, 32))
 
 
 def test_the_distance_by_hand_is_zero_for_equal_pairs():
@@ -72,14 +71,13 @@ def test_the_distance_by_hand_is_zero_for_equal_pairs():
     np.testing.assert_allclose(predict.feature_distance(features, moved), [0, 0.5])
 
 
-def test_a_pair_that_is_reconstructed_exactly_scores_zero(folder):
+def test_a_pair_that_is_reconstructed_exactly_scores_zero(trained):
     class Copy:
         def apply(self, variables, images, maps):
             return images, maps
 
-    discriminator = models.create_detector(make_config().model, make_config().detector)[1]
-    state = checkpoint.restore_newest(folder / "detector" / "checkpoints").state
-    params = {"detector": {}, "discriminator": state["discriminator"]}
+    discriminator = models.create_discriminator(make_config().model)
+    params = {"detector": {}, "discriminator": trained.state["discriminator"]}
     maps = jnp.full((4, 32, 32), 0.3)
     scores = predict.detect_fn(
         params, IMAGES[:4], maps, detector=Copy(), discriminator=discriminator
@@ -87,33 +85,25 @@ def test_a_pair_that_is_reconstructed_exactly_scores_zero(folder):
     np.testing.assert_array_equal(scores, 0)
 
 
-def test_it_trains_both_its_players_for_the_generator_of_its_record(folder, predictor):
-    static, options = detector.split_options(make_config())
-    init_key, _ = detector.seed_keys(0)
-    initial = detector.create_state(init_key, options, static=static, image_size=(32, 32))
-    state, config, record, step = checkpoint.restore_newest(folder / "detector" / "checkpoints")
+def test_it_trains_both_its_players_for_the_generator_of_its_record(trained, predictor):
+    initial = initial_state()
+    state, config, record, step = trained
     assert step == 4 and config["num_steps"] == 4
     for player in ("detector", "discriminator", "ema"):
         before, after = getattr(initial, player), state[player]
         assert checkpoint.arrays_sha256(before) != checkpoint.arrays_sha256(after)
-    generator = generator_of(folder)
-    sha256 = checkpoint.arrays_sha256((generator["params"], generator["memory_bank"]))
-    assert record["generator_sha256"] == predictor.weights_sha256 == sha256
-    assert record["thresholds"].keys() == {"image"} and record["train_seconds"] > 0
-    held_out = predictor.detector(IMAGES[HELD_OUT], predictor(IMAGES[HELD_OUT])[0])
-    assert record["thresholds"]["image"]["threshold"] == pytest.approx(held_out.max(), rel=1e-5)
-
-
-def test_the_detectors_checkpoint_has_no_copy_of_the_memory_bank(folder):
-    state = checkpoint.restore_newest(folder / "detector" / "checkpoints").state
     assert "memory_bank" not in state
-    assert checkpoint.restore_newest(folder / "checkpoints").state["memory_bank"]
+    assert record["generator_sha256"] == predictor.weights_sha256
+    assert record["thresholds"].keys() == {"image"} and record["train_seconds"] > 0
+    _, held_out = train.split_images(make_config(), IMAGES)
+    scores = predictor.detector(held_out, predictor(held_out)[0])
+    assert record["thresholds"]["image"]["threshold"] == pytest.approx(scores.max(), rel=1e-5)
 
 
-def test_the_maps_it_learns_from_are_leave_one_out(folder):
+def test_the_maps_it_learns_from_are_leave_one_out(generator):
     """The images are in the bank; distances to themselves would hide what is unusual in them."""
     static, options = detector.split_options(make_config(**{"augment.flip_horizontal": False}))
-    options |= generator_of(folder)
+    options |= predict.variables_of(generator[1].state)
     in_bank = np.unique(options["memory_bank"].fine.patch_image_ids)
     batch = {"image": IMAGES[in_bank], "image_id": in_bank.astype(np.int32)}
     make_examples = jax.jit(partial(detector.make_examples, static=static))
@@ -122,35 +112,36 @@ def test_the_maps_it_learns_from_are_leave_one_out(folder):
     assert np.mean(maps) > np.mean(make_examples(jax.random.key(0), unknown, options)["maps"])
 
 
-def test_a_resumed_detector_equals_an_uninterrupted_one_to_the_bit(folder, tmp_path):
-    (tmp_path / "checkpoints").symlink_to(folder / "checkpoints")
-    detector.fit(make_config(), IMAGES, tmp_path)
-    whole, resumed = (
-        checkpoint.restore_newest(path / "detector" / "checkpoints").record
-        for path in (tmp_path, folder)
-    )
-    assert whole["state_sha256"] == resumed["state_sha256"]
-    lines = [
-        [json.loads(line) for line in (path / "detector" / "train_log.jsonl").open()]
-        for path in (tmp_path, folder)
-    ]
-    assert [line["step"] for line in lines[0]] == [1, 2, 3, 4]
-    for line in itertools.chain(*lines):
+def test_a_resumed_detector_equals_an_uninterrupted_one_to_the_bit(generator, trained, tmp_path):
+    """Here the generator is not read again, but what `train.fit` returned is given."""
+    fit = partial(detector.fit, make_config(), IMAGES, tmp_path, generator=generator[1])
+    with pytest.raises(Killed):
+        fit(make_batches=killed_after(3))
+    assert fit().record["state_sha256"] == trained.record["state_sha256"]
+    logs = [log_lines(folder / "detector") for folder in (tmp_path, generator[0])]
+    assert [line["step"] for line in logs[0]] == [1, 2, 3, 4]
+    for line in itertools.chain(*logs):
         line.pop("images_per_second")
-    assert lines[0] == lines[1]
+    assert logs[0] == logs[1]
 
 
-def test_the_number_of_devices_changes_nothing_but_rounding(folder):
-    """The first line of the log is of four devices; here the same step on one."""
-    static, options = detector.split_options(make_config())
-    options |= generator_of(folder)
-    init_key, step_key = detector.seed_keys(0)
-    state = detector.create_state(init_key, options, static=static, image_size=(32, 32))
-    arrays = {"image": IMAGES[KEPT], "image_id": KEPT.astype(np.int32)}
+def test_a_predictor_of_what_fit_returned_equals_that_of_the_folder(generator, trained, predictor):
+    other = Predictor(generator[1], batch_size=4, detector=trained)
+    for name in ("weights_sha256", "record", "config", "step"):
+        assert getattr(other.detector, name) == getattr(predictor.detector, name)
+    maps, _ = predictor(IMAGES)
+    np.testing.assert_array_equal(other.detector(IMAGES, maps), predictor.detector(IMAGES, maps))
+
+
+def test_the_number_of_devices_and_of_chunks_changes_nothing_but_rounding(generator, trained):
+    """The first line of the log is of four devices; here the same step on one, in two chunks."""
+    static, options = detector.split_options(make_config(accumulate=2))
+    options |= predict.variables_of(generator[1].state)
+    arrays, _ = train.split_images(make_config(), IMAGES)
     batch = next(batches.train_batches(arrays, 0, batch_size=4, seed=0))
     step = jax.jit(partial(detector.train_step, static=static, axis_name=None))
-    _, metrics = step(state, batch, step_key, options)
-    four_devices = json.loads((folder / "detector" / "train_log.jsonl").read_text().splitlines()[0])
+    _, metrics = step(initial_state(), batch, detector.seed_keys(0)[1], options)
+    four_devices = log_lines(generator[0] / "detector")[0]
     assert {name for name in metrics if name.startswith("loss_")} == {
         *("loss_reconstruction", "loss_adversarial", "loss_discriminator")
     }
@@ -158,9 +149,8 @@ def test_the_number_of_devices_changes_nothing_but_rounding(folder):
         assert four_devices[name] == pytest.approx(float(value), rel=1e-5), name
 
 
-def test_another_category_compiles_nothing_for_its_steps(folder, tmp_path):
+def test_another_category_compiles_nothing_for_its_steps(generator, trained, tmp_path):
     """With other options that are arrays, after a category with equal static options."""
-    (tmp_path / "checkpoints").symlink_to(folder / "checkpoints")
     compilations, before_steps = [], []
 
     def listen(event, *args, **kwargs):
@@ -174,14 +164,15 @@ def test_another_category_compiles_nothing_for_its_steps(folder, tmp_path):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     config = make_config(**{"augment.rotation": 5.0, "ema_decay": 0.5, "detector.num_steps": 6})
-    detector.fit(config, IMAGES, tmp_path, make_batches=make_batches)
+    detector.fit(config, IMAGES, tmp_path, generator=generator[1], make_batches=make_batches)
     assert len(before_steps) == 6 and len(set(before_steps)) == 1
 
 
 @pytest.mark.parametrize("other", ["weights", "memory bank"])
-def test_another_generator_is_refused_in_one_line(folder, tmp_path, other):
-    (tmp_path / "detector").symlink_to(folder / "detector")
-    state, config, record, step = checkpoint.restore_newest(folder / "checkpoints")
+def test_another_generator_is_refused_in_one_line(generator, trained, tmp_path, other):
+    (tmp_path / "detector").symlink_to(generator[0] / "detector")
+    state, config, record, step = generator[1]
+    state = jax.tree.map(np.copy, state)
     if other == "weights":
         state["ema"] = jax.tree.map(lambda x: x + 1e-6, state["ema"])
     else:
@@ -198,10 +189,15 @@ def test_another_generator_is_refused_in_one_line(folder, tmp_path, other):
     Predictor(tmp_path)
 
 
-def test_other_options_of_the_detector_are_refused(folder):
+def test_other_options_of_the_detector_are_refused(generator, trained):
     config = make_config(**{"detector.learning_rate": 0.5, "detector.num_steps": 5})
     with pytest.raises(loop.TrainingError, match="learning_rate was"):
-        detector.fit(config, IMAGES, folder)
+        detector.fit(config, IMAGES, generator[0])
+
+
+def test_other_images_than_the_generators_are_refused(generator):
+    with pytest.raises(detector.DetectorError, match="generator was trained on other images"):
+        detector.fit(make_config(), IMAGES[::-1].copy(), generator[0])
 
 
 def test_results_have_both_scores_and_those_that_are_asked_for_on_top(predictor, tmp_path):
@@ -234,8 +230,3 @@ def test_results_have_both_scores_and_those_that_are_asked_for_on_top(predictor,
     assert "| image_auroc of | map | detector |" in (tmp_path / "results.md").read_text()
     header = (tmp_path / "images.csv").read_text().splitlines()[0]
     assert header == "name,defect_type,label,has_mask,score,score_map,score_detector,iou"
-
-
-def test_other_images_than_the_generators_are_refused(folder):
-    with pytest.raises(detector.DetectorError, match="generator was trained on other images"):
-        detector.fit(make_config(), IMAGES[::-1].copy(), folder)

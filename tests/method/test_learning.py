@@ -1,4 +1,4 @@
-"""Training learns: without the memory bank, on generated parts, to find defects it has not seen."""
+"""Training without a memory bank learns to find defects in images that it was not trained on."""
 
 import jax
 import numpy as np
@@ -22,23 +22,23 @@ def washers(split, count):
 def test_training_without_a_memory_bank_is_ahead_of_the_trivial_baselines(tmp_path):
     """Average precision on synthetic defects of unseen images.
 
-    Measured: 0.59 against 0.44 of the best baseline; 0.01 to 0.02 with a loss that ignores the
-    masks, with a generator that does not change, and with an augmentation that makes no defects.
+    Measured: 0.60 against 0.44 of the best baseline; 0.01 with a segmentation loss of weight
+    zero, with a generator that does not change, and with an augmentation that makes no defects.
     """
     config = tiny_config.get_config("washer")
     config.memory_bank.size = 0
     config.held_out = 0.0
     config.model.depth = 3
-    config.batch_size = 16
+    config.batch_size = 8
     config.num_steps = config.checkpoint_every = 600
     config.warmup_steps = 20
     config.log_every = 100
-    config.learning_rate = 3e-3
+    config.learning_rate = 4e-3
     config.ema_decay = 0.98
     good, unseen = washers("train", 64), washers("test", 12)
-    state = jax.device_get(train.fit(config, good, tmp_path))
+    state = train.fit(config, good, tmp_path).state
 
-    # The judge's examples are of another key and of other options than training's.
+    # The examples to be judged have another key and other options than those of training.
     static, options = train_state.split_options(tiny_config.get_config("washer"))
     batch = {"image": np.tile(unseen, (4, 1, 1, 1)), "image_id": np.arange(48, dtype=np.int32)}
     key = jax.random.key(99)
@@ -47,7 +47,7 @@ def test_training_without_a_memory_bank_is_ahead_of_the_trivial_baselines(tmp_pa
     assert 0.002 < masks.mean() < 0.05
 
     generator = train_state.split_options(config)[0].generator
-    logits, _ = jax.jit(generator.apply)({"params": state.ema}, examples["defective"])
+    logits, _ = jax.jit(generator.apply)({"params": state["ema"]}, examples["defective"])
     defective = np.round(255 * examples["defective"]).astype(np.uint8)
     best = max(
         average_precision_score(masks.ravel(), baseline(good, defective).ravel())

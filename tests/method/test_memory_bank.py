@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from anoseg_jax.images import batches
+from anoseg_jax.interop import torch_weights
 from anoseg_jax.method import memory_bank, models, predict
 from anoseg_jax.method.memory_bank import PatchBank, PatchGrid
 
@@ -392,58 +393,60 @@ def test_prediction_adds_the_distances_of_both_scales_to_the_logits():
 
 
 @pytest.fixture(scope="module")
-def old():
-    """Arrays of the code before the training half was rebuilt (commit 391aee0), written once.
+def recorded():
+    """Arrays that were written once, and are not rewritten when the memory bank changes.
 
     Six smooth random images, patches of four of them, a coreset of 64 of these, its distances.
     """
-    with np.load(Path(__file__).parent / "fixtures" / "old_memory_bank.npz") as arrays:
+    with np.load(Path(__file__).parent / "fixtures" / "memory_bank.npz") as arrays:
         return dict(arrays)
 
 
-def old_bank(old, patches, image_ids):
+def recorded_bank(recorded, patches, image_ids):
     return PatchBank(
-        mean=old["candidates.mean"],
-        basis=old["candidates.basis"],
+        mean=recorded["candidates.mean"],
+        basis=recorded["candidates.basis"],
         patches=patches,
-        patch_image_ids=image_ids.astype(np.int32),
-        position_scale=old["candidates.place"],
-        distance_mean=old["coreset.centre"],
-        distance_std=old["coreset.spread"],
+        patch_image_ids=image_ids,
+        position_scale=recorded["candidates.position_scale"],
+        distance_mean=recorded["coreset.distance_mean"],
+        distance_std=recorded["coreset.distance_std"],
     )
 
 
-def test_patches_coreset_and_distances_equal_those_of_the_old_code(old):
-    images = as_float(old["images"])
+def test_patches_coreset_and_distances_equal_the_recorded_ones(recorded):
+    images = as_float(recorded["images"])
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     descriptors, positions = memory_bank.embed_patches(images[:2], GRID)
-    close(descriptors[:, ::3, ::3], old["descriptors"])
-    close(positions, old["coords"])
+    close(descriptors[:, ::3, ::3], recorded["descriptors"])
+    close(positions, recorded["positions"])
 
-    chosen = memory_bank.k_center_greedy(old["candidates.patches"], len(old["coreset.patches"]))
-    patches, image_ids = old["candidates.patches"][chosen], old["candidates.source"][chosen]
-    np.testing.assert_array_equal(patches, old["coreset.patches"])
-    np.testing.assert_array_equal(image_ids, old["coreset.source"])
+    candidates, coreset = (torch_weights.group(recorded, x) for x in ("candidates", "coreset"))
+    chosen = memory_bank.k_center_greedy(candidates["patches"], len(coreset["patches"]))
+    patches, image_ids = candidates["patches"][chosen], candidates["patch_image_ids"][chosen]
+    np.testing.assert_array_equal(patches, coreset["patches"])
+    np.testing.assert_array_equal(image_ids, coreset["patch_image_ids"])
 
-    bank = old_bank(old, patches, image_ids)
-    close(distances(bank, images, grid=GRID), old["distances"])
+    bank = recorded_bank(recorded, patches, image_ids)
+    close(distances(bank, images, grid=GRID), recorded["distances"])
     ids = np.arange(len(images), dtype=np.int32)
-    close(distances(bank, images, ids, grid=GRID), old["distances_left_out"])
+    close(distances(bank, images, ids, grid=GRID), recorded["distances_left_out"])
     calibration = np.asarray(distances(bank, images[4:], grid=GRID))
-    close((calibration.mean(), calibration.std()), (old["coreset.centre"], old["coreset.spread"]))
+    close(calibration.mean(), coreset["distance_mean"])
+    close(calibration.std(), coreset["distance_std"])
 
 
-def test_the_selected_position_weight_equals_that_of_the_old_code(old):
-    patches = old["candidates.patches"].copy()
+def test_the_selected_position_weight_equals_the_recorded_one(recorded):
+    patches = recorded["candidates.patches"].copy()
     patches[:, -2:] /= 2  # they were written with a weight of 2
-    bank = old_bank(old, patches, old["candidates.source"])
-    bank = bank.replace(position_scale=old["candidates.place"] / 2)
+    bank = recorded_bank(recorded, patches, recorded["candidates.patch_image_ids"])
+    bank = bank.replace(position_scale=recorded["candidates.position_scale"] / 2)
     weight = memory_bank.select_position_weight(
         bank,
-        as_float(old["images"][4:]),
-        old["select.defective"],
-        old["select.masks"],
+        as_float(recorded["images"][4:]),
+        recorded["select.defective"],
+        recorded["select.masks"],
         weights=(0.0, 0.5, 1.0, 2.0, 4.0),
         grid=GRID,
     )
-    assert weight == old["select.weight"]
+    assert weight == recorded["select.weight"]

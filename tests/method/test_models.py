@@ -88,10 +88,10 @@ def test_the_inputs_of_the_head_are_those_that_are_on(config, with_bank):
         )
         params = init(generator, images, distances)["params"]
         assert ("reconstructor" in params) == reconstruct
-        first, *_ = (x for x in jax.tree.leaves(params["anomaly_head"]) if x.ndim == 4)
+        kernel, *_ = (x for x in jax.tree.leaves(params["anomaly_head"]) if x.ndim == 4)
         _, reconstructions = generator.apply({"params": params}, images, distances)
         assert np.array_equal(reconstructions, images) == (not reconstruct)
-        return first.shape[2]
+        return kernel.shape[2]
 
     assert head_inputs(coords=False, reconstruct=False) == 4 * 3 + with_bank
     assert head_inputs(coords=True, reconstruct=True) == 4 * (3 + 2 + 3 + 3) + with_bank

@@ -72,6 +72,30 @@ except UsageError as error:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (
-        "processes of this run do not meet" in done.stdout
+        "processes of this run cannot connect" in done.stdout
         and "--coordinator=HOST:PORT" in done.stdout
     )
+
+
+def test_without_file_locks_training_says_so_and_other_modules_can_be_imported(tmp_path):
+    """As on Windows, which has no fcntl."""
+    program = """
+import sys
+sys.modules["fcntl"] = None
+import anoseg_jax.deploy.predictor, anoseg_jax.report.compare_page, anoseg_jax.report.pages
+from anoseg_jax import UsageError
+from anoseg_jax.running import distributed
+try:
+    with distributed.lock(sys.argv[1]):
+        pass
+except UsageError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("this system has no file locks: on Windows, train in WSL")

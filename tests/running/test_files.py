@@ -4,13 +4,16 @@ import ast
 import csv
 import io
 import json
+import os
 from pathlib import Path as LocalPath
 
+import fsspec
 import numpy as np
 import pytest
 import tiny_config
 from etils import epath
-from etils.epath import backend, gpath
+from etils.epath import backend
+from etils.epath.testing import mock_epath
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from tqdm import tqdm
@@ -23,10 +26,11 @@ from anoseg_jax.running import train_log
 from data import sources
 
 ROOT = LocalPath(__file__).resolve().parents[2]
+os.environ["EPATH_USE_TF"] = "0"  # epath then opens gs:// with fsspec, also if TensorFlow is there
 
 
 class Bucket(MemoryFileSystem):
-    """What epath opens gs:// with where there is no TensorFlow; nothing of it is on the disk."""
+    """An object store in memory; nothing of it is on the disk."""
 
     store, pseudo_dirs = {}, [""]
 
@@ -39,17 +43,25 @@ class Bucket(MemoryFileSystem):
         return super()._open(path, mode, **options)
 
 
+fsspec.register_implementation("gcs", Bucket, clobber=True)
+
+
+def through_tensorflow(name):
+    """Returns TensorFlow's function in place of epath's."""
+    return lambda original, *args, **options: getattr(backend.tf_backend, name)(*args, **options)
+
+
 @pytest.fixture(params=["gs://", "tensorflow"])
-def root(request, monkeypatch, tmp_path):
+def root(request, tmp_path):
     """An empty folder of an object store, or one behind TensorFlow's interface to these."""
-    if request.param == "tensorflow":
-        monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, None, backend.tf_backend)
-        return epath.Path(tmp_path)
-    Bucket.store.clear()
-    Bucket.pseudo_dirs[:] = [""]
-    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
-    monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: Bucket())
-    return epath.Path("gs://bucket")
+    if request.param == "gs://":
+        Bucket.store.clear()
+        Bucket.pseudo_dirs[:] = [""]
+        yield epath.Path("gs://bucket")
+        return
+    names = "copy exists glob isdir listdir makedirs mkdir open remove rename replace rmtree stat"
+    with mock_epath(**{name: through_tensorflow(name) for name in names.split()}):
+        yield epath.Path(tmp_path)
 
 
 def write_image(path, values):
