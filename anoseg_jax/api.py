@@ -7,7 +7,7 @@ import concurrent.futures
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from anoseg_jax import options as config_options
-from anoseg_jax.deploy.photo_predictor import Photograph, Predictor, list_photographs, load
+from anoseg_jax.deploy.predictor import Photograph, Predictor, Reading, list_photographs, load
+from anoseg_jax.images import check
+from anoseg_jax.images.decode import LayoutError, printable
+from anoseg_jax.images.examples import Example, ReadOptions
+from anoseg_jax.images.layouts import GOOD
 from anoseg_jax.method import detector, train
 from anoseg_jax.running import distributed
 
@@ -44,34 +48,51 @@ def fit(
         for accelerators; take "cpu" without one.
 
     Raises:
-      LayoutError: a file cannot be read.
+      LayoutError: files cannot be read; names them.
       OptionError: an option cannot work.
       loop.TrainingError: photographs or options differ from those of the checkpoint, or a loss is
         not finite.
     """
     folder = epath.Path(folder).expanduser()
-    changes = dict(options or {})
-    if isinstance(changes.get("image_size"), int):
-        changes["image_size"] = (changes["image_size"],)
-    chosen = (
-        load_config(config) if isinstance(config, str) else config.copy_and_resolve_references()
-    )
-    chosen.update_from_flattened_dict(changes)
-    chosen = config_options.of_category(config_options.normalize(chosen), folder.name)
+    chosen = load_config(config) if isinstance(config, str) else config
+    chosen = config_options.changed(chosen, nested(options or {}))
+    chosen = config_options.of_category(chosen, folder.name)
     config_options.use_compilation_cache(chosen.compilation_cache)
     several = list_photographs(photographs)
     if not several:
         raise ValueError(
             "fit needs several photographs of good parts: a folder, a list or an array"
         )
+    with chosen.unlocked():
+        chosen.bit_depth = choose_bit_depth(several, chosen)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        load_one = partial(load, size=tuple(chosen.image_size))
+        load_one = partial(load, how=Reading.of(chosen))
         images = np.stack([loaded.image for loaded in pool.map(load_one, several)])
     with distributed.lock(folder):
         train.fit(chosen, images, folder)
         if chosen.detector.enabled:
             detector.fit(chosen, images, folder)
     return Predictor(folder)
+
+
+def choose_bit_depth(photographs: Sequence[Photograph], config: ConfigDict) -> str:
+    """Returns the option `bit_depth` that holds all files; "auto" if there are arrays among them.
+
+    Raises LayoutError, a line for each file that cannot be used.
+    """
+    is_file = [isinstance(photograph, str | os.PathLike) for photograph in photographs]
+    if not all(is_file):
+        return config.bit_depth
+    paths = map(epath.Path, photographs)
+    examples = [Example(path, (), GOOD, printable(path)) for path in paths]
+    checked = check.check_files(examples, ReadOptions.of(config))
+    errors = [error for one in checked for error in one.errors]
+    if not errors:
+        bit_depth = check.choose_bit_depth(checked, config.bit_depth)
+        errors = check.bit_depth_errors(checked, bit_depth)
+    if errors:
+        raise LayoutError("\n".join(errors))
+    return str(bit_depth)
 
 
 def load_config(name: str) -> ConfigDict:

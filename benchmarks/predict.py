@@ -19,13 +19,13 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from anoseg_jax.deploy import exported_predict  # noqa: E402
-from anoseg_jax.deploy.photo_predictor import Predictor  # noqa: E402
 from anoseg_jax.deploy.photographs import Photographs  # noqa: E402
+from anoseg_jax.deploy.predictor import Predictor  # noqa: E402
 
 FIRST = """
 import time
 began = time.monotonic()
-from anoseg_jax.deploy.photo_predictor import Predictor
+from anoseg_jax.deploy.predictor import Predictor
 predictor = Predictor({workdir!r})
 predictor({path!r})
 first = time.monotonic()

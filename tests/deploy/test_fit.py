@@ -7,6 +7,7 @@ from part_images import draw_part
 from PIL import Image
 
 import anoseg_jax
+from anoseg_jax.images.decode import LayoutError
 from anoseg_jax.options import OptionError
 from anoseg_jax.running.loop import TrainingError
 
@@ -30,8 +31,22 @@ def test_fit_on_a_folder_equals_fit_on_the_arrays_of_its_files(tmp_path):
     assert again.model.weights_sha256 == of_folder.model.weights_sha256
     resumed = anoseg_jax.fit(folder, tmp_path / "a" / "bolt", OPTIONS, **options)
     assert resumed.model.weights_sha256 == of_folder.model.weights_sha256
+    (folder / "7.png").unlink()
     with pytest.raises(TrainingError, match="images"):
-        anoseg_jax.fit(images[1:], tmp_path / "a" / "bolt", OPTIONS, **options)
+        anoseg_jax.fit(folder, tmp_path / "a" / "bolt", OPTIONS, **options)
+
+
+def test_the_bit_depth_of_the_files_is_kept_with_the_model(tmp_path):
+    folder = tmp_path / "good"
+    folder.mkdir()
+    for seed in range(6):
+        grey = draw_part(seed)[..., 0].astype(np.uint16) * 16
+        Image.fromarray(grey).save(folder / f"{seed}.png")
+    predictor = anoseg_jax.fit(folder, tmp_path / "bolt", OPTIONS, config=tiny_config.get_config())
+    assert predictor.reading.bit_depth == 12
+    (folder / "bad.png").write_bytes(b"")
+    with pytest.raises(LayoutError, match="bad.png: is empty"):
+        anoseg_jax.fit(folder, tmp_path / "nut", OPTIONS, config=tiny_config.get_config())
 
 
 def test_options_are_checked_and_photographs_are_needed(tmp_path):
