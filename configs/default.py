@@ -228,6 +228,9 @@ def get_config() -> ConfigDict:
     config.evaluate.baselines = True
     # Of each kind (best, worst, missed, false alarm); 0 writes none.
     config.evaluate.pictures = 8
+    # Stores the images, masks and maps that report.html shows (evaluation.npz) of variants and of
+    # all seeds, too. Otherwise only of the first seed of a run without variants.
+    config.evaluate.store_all_maps = False
 
     # --mode=evaluate judges the anomaly maps of another method in this folder instead of a model's:
     # <category>/<defect type>/<image stem>.npy, .tiff, .tif or .png (benchmarks/peers.md).

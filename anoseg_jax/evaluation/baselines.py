@@ -76,11 +76,7 @@ def pca_patches(train: np.ndarray, test: np.ndarray) -> np.ndarray:
 
 
 # The keys are the names in the result files.
-BASELINES = {
-    "distance_to_mean": distance_to_mean,
-    "z_score": z_score,
-    "pca_patches": pca_patches,
-}
+BASELINES = {"distance_to_mean": distance_to_mean, "z_score": z_score, "pca_patches": pca_patches}
 
 
 def _mean_and_std(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -23,13 +23,6 @@ MAX_SCORES = 2**25
 Batch = dict[str, np.ndarray]  # of input_pipeline.test_batches
 
 
-def image_iou(image_map: np.ndarray, mask: np.ndarray, threshold: float) -> float | None:
-    """Returns the IoU of a thresholded uint8 map with its mask; None if both are empty."""
-    predicted = image_map >= threshold
-    union = np.count_nonzero(predicted | mask)
-    return np.count_nonzero(predicted & mask) / union if union else None
-
-
 def evaluate(
     predictor: Any, batches: Iterable[Batch], *, detector: Any = None, **options: Any
 ) -> Evaluation:
@@ -83,6 +76,9 @@ def measure(
 ) -> Evaluation:
     """Computes the metrics of anomaly maps of any origin.
 
+    The IoU of an image needs the best threshold of all images, so the maps are kept in memory and
+    resized a second time, one by one.
+
     Args:
       predicted: for each batch of test images a tuple: the batch, the maps of its images, float32
         [h, w] each of any size, and their scores [b] by kind: "map" and, if there is a detector,
@@ -98,39 +94,40 @@ def measure(
       image_threshold: in place of the one from held-out images, on the scale of the scores.
     """
     thresholds = select_thresholds(metadata, pixel_threshold, image_threshold)
-    scale = metadata.get("map_scale")
     pixel_threshold = thresholds["pixel"]["threshold"]
-    pixels = metrics.SegmentationAccumulator(
-        thresholds=() if pixel_threshold is None else (pixel_threshold,), max_scores=MAX_SCORES
-    )
-    maps, masks, images = [np.zeros((0, *image_size), np.uint8)], [], []
+    pixels = metrics.SegmentationAccumulator(max_scores=MAX_SCORES)
+    at_threshold = metrics.RegionCounts()
+    maps, truths, images = [], [], []
     for batch, batch_maps, batch_scores in predicted:
-        truth = batch["mask"]
+        truth, types = batch["mask"], batch["defect_type"].tolist()
         if native_masks is not None:
             truth = native_masks[len(images) : len(images) + len(batch_maps)]
         resized = [resize_map(*pair) for pair in zip(batch_maps, truth, strict=True)]
-        has_masks = batch["has_mask"]
-        truth = [mask if known else None for mask, known in zip(truth, has_masks, strict=True)]
-        pixels.add(resized, truth, batch["defect_type"].tolist())
-        batch_maps = [resize_map(*pair) for pair in zip(batch_maps, batch["mask"], strict=True)]
-        maps.append(np.round(255 * to_display_scale(np.stack(batch_maps), scale)).astype(np.uint8))
-        masks += list(batch["mask"])
+        pairs = zip(truth, batch["has_mask"], strict=True)
+        known = [mask if has_mask else None for mask, has_mask in pairs]
+        pixels.add(resized, known, types)
+        if pixel_threshold is not None:
+            for image_map, mask, name in zip(resized, known, types, strict=True):
+                if mask is not None:
+                    at_threshold.add(image_map >= np.float32(pixel_threshold), mask, name)
+        maps += list(batch_maps)
+        truths += list(truth)
         images += image_rows(batch, batch_scores, image_score)
     pixel = pixels.result(curve_points=CURVE_POINTS)
-    curves, at_threshold = pixel.pop("curves"), pixel.pop("at_threshold")
-    maps = np.concatenate(maps)
-    for row, image_map, mask in zip(images, maps, masks, strict=True):
-        best = pixel["iou_threshold"] if row["has_mask"] else None
-        level = None if best is None else round(255 * to_display_scale(best, scale))
-        row["iou"] = None if level is None else image_iou(image_map, mask, level)
+    curves, scale = pixel.pop("curves"), metadata.get("map_scale")
     scores, labels, types = (
         np.array([row[key] for row in images]) for key in ("score", "label", "defect_type")
     )
-    if at_threshold:
-        thresholds["pixel"] |= at_threshold[0]
+    results = join_metrics(metrics.image_metrics(scores, labels), pixel)
+    if results["image_auroc"] is not None:
+        curves |= metrics.image_curves(scores, labels)
+    shown = select_shown_thresholds(results, thresholds, scale)
+    regions = measure_regions(images, maps, truths, shown["region"]["threshold"], image_size)
+    if pixel_threshold is not None:
+        thresholds["pixel"]["threshold"] = float(np.float32(pixel_threshold))
+        thresholds["pixel"] |= at_threshold.metrics(pixel["not_available"].get("iou"))
     if images and thresholds["image"]["threshold"] is not None:
         thresholds["image"] |= image_verdicts(scores, labels, thresholds["image"]["threshold"])
-    results = join_metrics(metrics.image_metrics(scores, labels), pixel)
     for name, of_type in pixel["defect_types"].items():
         chosen = np.isin(types, (name, metrics.GOOD))
         of_type = join_metrics(metrics.image_metrics(scores[chosen], labels[chosen]), of_type)
@@ -142,8 +139,35 @@ def measure(
         if kind == "map" or any(row[f"score_{kind}"] is not None for row in images)
     }
     results |= {"test_images": len(images)} | metadata
-    results["thresholds"] = thresholds
-    return Evaluation(results, images, maps, curves)
+    results |= {"thresholds": thresholds, "shown_thresholds": shown}
+    results["warnings"] = check_thresholds(thresholds, maps, scores)
+    return Evaluation(results, images, to_eight_bits(maps, scale, image_size), regions, curves)
+
+
+def measure_regions(
+    images: Sequence[dict[str, Any]],
+    maps: Sequence[np.ndarray],
+    truths: Sequence[np.ndarray],
+    threshold: float | None,
+    image_size: tuple[int, int],
+) -> np.ndarray:
+    """Sets the `iou` of each row of `Evaluation.images`; returns the regions, bool [n, h, w].
+
+    A region is what is at or above the threshold in a map, float32 [h, w] of any size, resized to
+    the mask. Its IoU with the mask is None without a threshold or a mask, for a map that is not
+    finite, and where both are empty. The regions that are returned have the size of the images.
+    """
+    regions = np.zeros((len(maps), *image_size), bool)
+    for index, (row, image_map, truth) in enumerate(zip(images, maps, truths, strict=True)):
+        row["iou"] = None
+        if threshold is None:
+            continue
+        image_map = resize_map(image_map, truth)
+        region = image_map >= np.float32(threshold)
+        regions[index] = metrics.resize_region(region, image_size)
+        if row["has_mask"] and np.isfinite(image_map).all():
+            row["iou"] = metrics.RegionCounts().add(region, truth, row["defect_type"])
+    return regions
 
 
 def image_rows(
@@ -282,6 +306,60 @@ def select_thresholds(
     }
 
 
+def select_shown_thresholds(
+    results: Mapping[str, Any], thresholds: Mapping[str, Mapping[str, Any]], scale: Mapping | None
+) -> dict[str, dict[str, Any]]:
+    """Returns the thresholds that pages and pictures use: threshold (or None) and, in words, how.
+
+    image: of the verdicts. The image threshold, else that of the best F1 of the test set.
+    region: of the region that is drawn as found, and of the IoU of an image. The threshold of the
+    best IoU of the test set, so that the IoUs of images agree with `iou` and runs can be compared;
+    else the pixel threshold. `level` is this threshold on the display scale.
+    """
+    on_test = "on these test images themselves, so what is counted with it flatters the model"
+    image, pixel, missing = thresholds["image"], thresholds["pixel"], results["not_available"]
+    options = {
+        "image": (
+            (image["threshold"], image["how"]),
+            (results["image_f1_max_threshold"], f"the value with the best F1 {on_test}"),
+            (None, f"not available: {missing.get('image_f1_max')}"),
+        ),
+        "region": (
+            (results["iou_threshold"], f"the value with the best IoU {on_test}"),
+            (pixel["threshold"], f"the pixel threshold: {pixel['how']}"),
+            (None, f"not available: {missing.get('iou')}"),
+        ),
+    }
+    shown = {}
+    for kind, of_kind in options.items():
+        value, how = next((pair for pair in of_kind if pair[0] is not None), of_kind[-1])
+        shown[kind] = {"threshold": value, "how": how}
+    region = shown["region"]["threshold"]
+    level = None if region is None else float(np.clip(to_display_scale(region, scale), 0, 1))
+    shown["region"]["level"] = level
+    return shown
+
+
+def check_thresholds(
+    thresholds: Mapping[str, Mapping[str, Any]], maps: Sequence[np.ndarray], scores: np.ndarray
+) -> list[str]:
+    """Returns a line for each threshold that lies outside of all scores seen."""
+    warnings = []
+    ends = [end(image_map) for image_map in maps for end in (np.min, np.max)]
+    for kind, seen in (("pixel", np.array(ends)), ("image", scores)):
+        threshold = thresholds[kind]["threshold"]
+        if threshold is None or not len(seen) or not np.isfinite(seen).all():
+            continue
+        low, high = seen.min(), seen.max()
+        if not low <= threshold <= high:
+            warnings.append(
+                f"the {kind} threshold {threshold:.4g}, {thresholds[kind]['how']}, is outside of "
+                f"all {kind} scores, {low:.4g} to {high:.4g}: "
+                f"{'every' if threshold < low else 'no'} {kind} counts as defective"
+            )
+    return warnings
+
+
 def image_verdicts(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, Any]:
     """Returns precision, recall, F1 and counts of the verdicts `score >= threshold`.
 
@@ -306,6 +384,17 @@ def resize_map(image_map: np.ndarray, mask: np.ndarray) -> np.ndarray:
         return image_map
     size = mask.shape[1], mask.shape[0]
     return np.asarray(Image.fromarray(image_map).resize(size, Image.Resampling.BILINEAR))
+
+
+def to_eight_bits(
+    maps: Sequence[np.ndarray], scale: Mapping | None, image_size: tuple[int, int]
+) -> np.ndarray:
+    """Returns maps on the display scale times 255, uint8 [n, h, w]."""
+    shown = np.zeros((len(maps), *image_size), np.uint8)
+    for index, image_map in enumerate(maps):
+        levels = to_display_scale(resize_map(image_map, shown[index]), scale)
+        shown[index] = np.round(255 * np.clip(np.nan_to_num(levels), 0, 1))
+    return shown
 
 
 def join_metrics(image: Mapping[str, Any], pixel: Mapping[str, Any]) -> dict[str, Any]:

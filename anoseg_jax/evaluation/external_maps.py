@@ -92,7 +92,7 @@ def read_map(path: Path) -> np.ndarray:
             "256 levels do not tell apart what metrics depend on; or save it as .npy"
         )
     values = values.squeeze()
-    if values.ndim != 2 or values.dtype.kind not in "fiub":
+    if values.ndim != 2 or not values.size or values.dtype.kind not in "fiub":
         raise MapsError(
             f"{path}: has shape {list(shape)} and type {values.dtype}; a map is numbers [h, w]"
         )

@@ -1,17 +1,15 @@
 """Test images of finished runs, their resampled metrics, and intervals (stratified bootstrap).
 
-Images are drawn with replacement, good and defective ones apart. Pixel metrics come from histograms
-of the 8-bit maps. All metrics are better when higher.
+Images are drawn with replacement, good and defective ones apart. Pixel metrics come from the
+histograms of their 8-bit maps. All metrics are better when higher.
 """
 
-import hashlib
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from etils.epath import Path
-from scipy import ndimage
 
 from anoseg_jax.evaluation import metrics, pixel_tables
 from anoseg_jax.evaluation.results import ResultsError, read_images, seed_folder
@@ -26,14 +24,8 @@ _KEYS = pixel_tables.keys_from_scores(np.arange(LEVELS, dtype=np.float32) / 255)
 class Images:
     """The test images of a category with the scores of one run, sorted by name.
 
-    Attributes:
-      names: their paths inside the category.
-      labels: bool [n], True = defective.
-      has_mask: bool [n]; images without a mask count in image metrics only.
-      scores: float64 [n].
-      size: height and width of maps and masks.
-      masks_sha256: SHA-256 of all masks.
-      histograms: float64 [n, 3, 256], see `histograms`.
+    Images without a mask count in image metrics only. For `mask_crc32` [n], `size` and
+    `histograms` [n, 3, 256] see results.write_evaluation.
     """
 
     names: tuple[str, ...]
@@ -41,7 +33,7 @@ class Images:
     has_mask: np.ndarray
     scores: np.ndarray
     size: tuple[int, int]
-    masks_sha256: str
+    mask_crc32: np.ndarray
     histograms: np.ndarray
 
     @property
@@ -51,40 +43,21 @@ class Images:
         return {"good": len(self.labels) - defective, "defective": defective}
 
 
-def histograms(maps: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Returns three histograms of map values per image, [n, 3, 256].
-
-    Of defect-free pixels; of defect pixels; of defect pixels weighted by 1 / area of their region.
-    The maps are uint8 [n, h, w], the masks bool [n, h, w].
-    """
-    counts = np.zeros((len(maps), 3, LEVELS))
-    for row, levels, mask in zip(counts, maps, masks, strict=True):
-        row[0] = np.bincount(levels[~mask], minlength=LEVELS)
-        if mask.any():
-            region = ndimage.label(mask, metrics.EIGHT_CONNECTED)[0][mask]
-            weights = (1.0 / np.maximum(np.bincount(region), 1))[region]
-            row[1] = np.bincount(levels[mask], minlength=LEVELS)
-            row[2] = np.bincount(levels[mask], weights, minlength=LEVELS)
-    return counts
-
-
 def load_images(folder: Path) -> Images:
     """Reads the test images of `W/<category>`; ResultsError if a file is missing or damaged."""
-    rows, arrays, problem = read_images(folder, ("mask", "map"))
+    rows, arrays, problem = read_images(folder, "histograms.npz")
     if problem:
         raise ResultsError(f"{folder}: {problem}")
     order = sorted(range(len(rows)), key=lambda index: rows[index]["name"])
-    rows, maps = [rows[index] for index in order], arrays["map"][order]
-    has_mask = np.array([row["has_mask"] for row in rows], bool)
-    masks = arrays["mask"][order] & has_mask[:, None, None]
+    rows = [rows[index] for index in order]
     return Images(
         names=tuple(row["name"] for row in rows),
         labels=np.array([row["label"] != 0 for row in rows], bool),
-        has_mask=has_mask,
+        has_mask=np.array([row["has_mask"] for row in rows], bool),
         scores=np.array([row["score"] for row in rows], np.float64),
-        size=maps.shape[1:],
-        masks_sha256=hashlib.sha256(np.packbits(masks).tobytes()).hexdigest(),
-        histograms=histograms(maps, masks) * has_mask[:, None, None],
+        size=tuple(arrays["size"]),
+        mask_crc32=arrays["mask_crc32"][order],
+        histograms=arrays["histograms"][order],
     )
 
 
@@ -103,7 +76,7 @@ def not_paired(a: Images | None, b: Images | None) -> str | None:
     differ = np.count_nonzero((a.labels != b.labels) | (a.has_mask != b.has_mask))
     if differ:
         return f"not the same truth: {differ} images have another label, or a mask in one run only"
-    if a.size == b.size and a.masks_sha256 != b.masks_sha256:
+    if a.size == b.size and (a.mask_crc32 != b.mask_crc32).any():
         return "not the same truth: the masks differ"
     return None
 
@@ -136,7 +109,7 @@ def image_auroc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> 
 
 
 def histogram_metrics(counts: np.ndarray) -> tuple[dict[str, float], dict[str, float]] | None:
-    """Returns the pixel metrics of one histogram [3, 256] (see `histograms`), and their bounds.
+    """Returns the pixel metrics of a histogram [3, 256] of the maps, and their bounds.
 
     A bound limits how far rounding to 8 bits can have moved the metric, because it makes ties.
     Returns None without defect pixels or without defect-free pixels.
@@ -145,7 +118,6 @@ def histogram_metrics(counts: np.ndarray) -> tuple[dict[str, float], dict[str, f
     if not len(normal) or not len(defect):
         return None
     group = pixel_tables.TypeTables(
-        at_threshold={},
         normal=pixel_tables.ScoreTable(_KEYS[normal], counts[:1, normal]),
         defect=pixel_tables.ScoreTable(_KEYS[defect], counts[1:, defect]),
     )

@@ -7,10 +7,12 @@ pixels, also those of defective images. A metric that cannot be computed is None
 under "not_available": unusable data does not raise an error.
 """
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 from sklearn import metrics as sklearn_metrics
 
@@ -64,34 +66,21 @@ def _check_images(
 class SegmentationAccumulator:
     """Computes the metrics of `segmentation_metrics` batch by batch, without keeping the maps.
 
-    It keeps each distinct float32 score with its number of pixels. For defect pixels it also keeps
-    the sum of 1 / area of their regions. The metrics are exact, also with ties and saturated
-    scores, in any order and any batch size.
-
-    When there are more than `max_scores` distinct scores, the lowest mantissa bit of all scores is
-    dropped until they fit. Memory then stops growing, and scores that agree in the other bits
-    become ties. `result` reports the number of dropped bits and an error bound for each metric.
-    Counts are whole numbers in float64, exact up to 2**53 pixels.
+    It keeps each distinct float32 score with its counts, so the metrics are exact in any order and
+    any batch size. When there are more than `max_scores` distinct scores, the lowest mantissa bit
+    of all scores is dropped until they fit: scores that agree in the other bits become ties. The
+    result reports the number of dropped bits and an error bound for each metric (docs/metrics.md).
     """
 
-    def __init__(
-        self,
-        *,
-        thresholds: Iterable[float] = (),
-        max_scores: int | None = MAX_SCORES,
-        max_pending: int = MAX_PENDING,
-    ):
+    def __init__(self, *, max_scores: int | None = MAX_SCORES, max_pending: int = MAX_PENDING):
         """Creates an empty accumulator.
 
         Args:
-            thresholds: pixel thresholds, rounded to float32, of `at_threshold` in the result. They
-                must be known in advance because the IoU of single images needs the maps.
             max_scores: the largest number of distinct scores to keep, summed over defect types. A
                 score of a defect pixel counts as four. A score takes 12 bytes, and four times as
                 much during a merge. None: no limit.
             max_pending: pixels to collect before they are sorted and counted.
         """
-        self.thresholds = np.array(list(thresholds), np.float32)
         self.max_scores = max_scores
         self.max_pending = max_pending
         self._shift = 0  # low bits of the keys that were dropped
@@ -105,9 +94,8 @@ class SegmentationAccumulator:
 
         Args:
             maps: float [n, h, w], or n arrays [h, w] of any sizes; rounded to float32.
-            defect_masks: bool or integer, shaped as the maps, nonzero = defect. None for an image
-                without ground truth, or for all images: such an image is used for no metric and
-                is counted in images_without_mask. A good image needs an empty mask.
+            defect_masks: bool or integer, shaped as the maps, nonzero = defect; empty for a good
+                image. An image without a mask (None) is used for no metric, and counted.
             defect_types: n names, "good" for good images. Without them an image is good when its
                 mask is empty, and there are no results per defect type.
 
@@ -117,15 +105,11 @@ class SegmentationAccumulator:
         for scores, mask, name in _check_images(maps, defect_masks, defect_types):
             if name is None and mask is not None and not mask.any():
                 name = GOOD
-            if name not in self._groups:
-                zeros = {
-                    key: np.zeros(len(self.thresholds)) for key in ("tp", "fp", "iou", "flagged")
-                }
-                self._groups[name] = pixel_tables.TypeTables(at_threshold=zeros)
+            group = self._groups.setdefault(name, pixel_tables.TypeTables())
             if mask is None:
-                self._groups[name].images_without_mask += 1
+                group.images_without_mask += 1
             else:
-                self._add_image(self._groups[name], scores, mask)
+                self._add_image(group, scores, mask)
             if self.max_scores is not None and self._pending >= self.max_pending:
                 self._flush()
 
@@ -141,26 +125,15 @@ class SegmentationAccumulator:
 
         keys = pixel_tables.keys_from_scores(scores)
         if mask.any():
-            regions, number = ndimage.label(mask, EIGHT_CONNECTED)
-            region = regions[mask]
+            weights, number = pixel_weights(mask)
             group.pending_defect.append(keys[mask])
-            group.pending_weights.append((1.0 / np.maximum(np.bincount(region), 1))[region])
+            group.pending_weights.append(weights)
             group.pending_normal.append(keys[~mask])
             group.regions += number
             group.images_with_defect += 1
         else:
             group.pending_normal.append(keys.ravel())
         self._pending += scores.size
-
-        for i, threshold in enumerate(self.thresholds):
-            predicted = scores >= threshold
-            positives = np.count_nonzero(predicted)
-            tp = np.count_nonzero(predicted & mask)
-            group.at_threshold["tp"][i] += tp
-            group.at_threshold["fp"][i] += positives - tp
-            group.at_threshold["flagged"][i] += positives > 0
-            if mask.any():
-                group.at_threshold["iou"][i] += tp / (np.count_nonzero(mask) + positives - tp)
 
     def _flush(self) -> None:
         """Merges the pending pixels into the tables and drops bits if the tables are too large."""
@@ -193,8 +166,7 @@ class SegmentationAccumulator:
     def _result(self, names: Sequence[str | None], curve_points: int) -> dict[str, Any]:
         groups = [self._groups[name] for name in names]
         counts = pixel_tables.count_at_thresholds(groups)
-        unusable = pixel_tables.why_unusable(groups)
-        reason = unusable
+        reason = pixel_tables.why_unusable(groups)
         if reason is None and not counts.defect_pixels:
             reason = pixel_tables.NO_DEFECTS
         elif reason is None and not counts.normal_pixels:
@@ -205,14 +177,6 @@ class SegmentationAccumulator:
             values, bounds = pixel_tables.pixel_metrics(counts, self._shift)
             result.update(values)
         result["not_available"] = dict.fromkeys(PIXEL_METRICS, reason) if reason else {}
-        good = self._groups.get(GOOD)
-        result["at_threshold"] = [
-            {
-                "threshold": float(threshold),
-                **pixel_tables.metrics_at_threshold(groups, good, i, counts, unusable),
-            }
-            for i, threshold in enumerate(self.thresholds)
-        ]
         for name in ("images", "images_with_defect", "images_without_mask", "regions"):
             result[name] = sum(getattr(group, name) for group in groups)
         result["defect_pixels"] = int(counts.defect_pixels)
@@ -233,7 +197,6 @@ def segmentation_metrics(
     defect_masks: Masks,
     *,
     defect_types: Sequence[str] | None = None,
-    thresholds: Iterable[float] = (),
     curve_points: int = 0,
 ) -> dict[str, Any]:
     """Computes the pixel and region metrics of anomaly maps from one sort of the scores.
@@ -244,7 +207,6 @@ def segmentation_metrics(
 
     Args:
         maps, defect_masks, defect_types: see `SegmentationAccumulator.add`.
-        thresholds: pixel thresholds of `at_threshold`.
         curve_points: if above 0, the largest number of points of each curve under "curves".
 
     Returns:
@@ -252,9 +214,6 @@ def segmentation_metrics(
         pixel_auroc, pixel_ap, pixel_f1_max, iou (the best over thresholds), au_pro, au_pro_0.05:
             float in [0, 1] or None; pixel_f1_max_threshold, iou_threshold: float or None.
         not_available: {metric: reason} of each None.
-        at_threshold: for each threshold a dict of threshold, iou, mean_iou (over the images with a
-            defect), precision, recall, f1, false_positive_rate, good_images_flagged (the share of
-            good images with a pixel at or above the threshold) and not_available. Always exact.
         images, images_with_defect, images_without_mask, regions, defect_pixels, normal_pixels: int.
         exact: bool; score_bits_dropped: int; error_bounds: {metric: largest error that the
             dropped bits can cause}.
@@ -264,9 +223,110 @@ def segmentation_metrics(
         defect_types: {type: the same dict, without defect_types, for the images of this type and
             all good images}.
     """
-    accumulator = SegmentationAccumulator(thresholds=thresholds, max_scores=None)
+    accumulator = SegmentationAccumulator(max_scores=None)
     accumulator.add(maps, defect_masks, defect_types)
     return accumulator.result(curve_points=curve_points)
+
+
+@dataclasses.dataclass
+class RegionCounts:
+    """Pixel counts of regions found at one threshold, added image by image."""
+
+    found_defect: int = 0
+    found_normal: int = 0
+    defect: int = 0
+    normal: int = 0
+    good_images: int = 0
+    good_images_flagged: int = 0
+    ious: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # by defect type
+
+    def add(self, region: np.ndarray, mask: np.ndarray, defect_type: str) -> float | None:
+        """Adds a region and its mask, bool [h, w]; returns their IoU, None if both are empty."""
+        both, size, defect = (int(np.count_nonzero(a)) for a in (region & mask, region, mask))
+        self.found_defect += both
+        self.found_normal += size - both
+        self.defect += defect
+        self.normal += mask.size - defect
+        if defect_type == GOOD:
+            self.good_images += 1
+            self.good_images_flagged += size > 0
+        union = size + defect - both
+        if defect:
+            self.ious.setdefault(defect_type, []).append(both / union)
+        return both / union if union else None
+
+    def metrics(self, unusable: str | None = None) -> dict[str, Any]:
+        """Returns the metrics at the threshold, and the reasons for None under not_available.
+
+        mean_iou is over the images with a defect; good_images_flagged is the share of good images
+        with a pixel at or above the threshold. `unusable` is the reason why pixel metrics are None
+        (see `segmentation_metrics`); what can be computed without defects has a value even so.
+        """
+        if unusable in (pixel_tables.NO_DEFECTS, pixel_tables.NO_NORMALS):
+            unusable = None
+        tp, fp, defects = self.found_defect, self.found_normal, self.defect
+        no_defects, empty = pixel_tables.NO_DEFECTS, "no pixel is at or above the threshold"
+        mean_iou = float(sum(map(sum, self.ious.values()))), sum(map(len, self.ious.values()))
+        ratios = {  # numerator, denominator, why when it is 0
+            "iou": (tp, defects and defects + fp, no_defects),
+            "mean_iou": (*mean_iou, no_defects),
+            "precision": (tp, defects and tp + fp, empty if defects else no_defects),
+            "recall": (tp, defects, no_defects),
+            "f1": (2 * tp, defects and defects + tp + fp, no_defects),
+            "false_positive_rate": (fp, self.normal, pixel_tables.NO_NORMALS),
+            "good_images_flagged": (self.good_images_flagged, self.good_images, "no good images"),
+        }
+        reasons = {
+            name: unusable or reason
+            for name, (_, denominator, reason) in ratios.items()
+            if unusable or not denominator
+        }
+        values = {
+            name: None if name in reasons else numerator / denominator
+            for name, (numerator, denominator, _) in ratios.items()
+        }
+        return values | {"not_available": reasons}
+
+
+def resize_region(region: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes a region, bool [h, w], to `size` (height, width) and keeps even single pixels."""
+    if region.shape == tuple(size):
+        return region
+    shares = Image.fromarray(region.astype(np.float32)).resize(size[::-1], Image.Resampling.BOX)
+    return np.asarray(shares) > 0
+
+
+def image_curves(scores: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, list[float]]]:
+    """Returns the curves "image_roc" and "image_pr" of scores whose `image_metrics` exist."""
+    x, y, _ = sklearn_metrics.roc_curve(labels, scores)
+    precision, recall, _ = sklearn_metrics.precision_recall_curve(labels, scores)
+    # scikit-learn appends recall 0 and precision 1 by convention: no image is there.
+    precision, recall = precision[:-1].tolist(), recall[:-1].tolist()
+    return {
+        "image_roc": {"false_positive_rate": x.tolist(), "true_positive_rate": y.tolist()},
+        "image_pr": {"recall": recall, "precision": precision},
+    }
+
+
+def level_histograms(levels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Returns three histograms of the values of an 8-bit map, uint8 [h, w]: float64 [3, 256].
+
+    Of defect-free pixels; of defect pixels; of defect pixels weighted by 1 / area of their region.
+    """
+    counts = np.zeros((3, 256))
+    counts[0] = np.bincount(levels[~mask], minlength=256)
+    if mask.any():
+        weights, _ = pixel_weights(mask)
+        counts[1] = np.bincount(levels[mask], minlength=256)
+        counts[2] = np.bincount(levels[mask], weights, minlength=256)
+    return counts
+
+
+def pixel_weights(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Returns 1 / area of the region of each defect pixel, and the number of regions."""
+    regions, number = ndimage.label(mask, EIGHT_CONNECTED)
+    region = regions[mask]
+    return (1.0 / np.maximum(np.bincount(region), 1))[region], number
 
 
 def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -279,13 +339,8 @@ def image_metrics(scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     Returns:
         image_auroc, image_ap and image_f1_max in [0, 1], image_f1_max_threshold (`score >=
         threshold`): float or None; not_available: {metric: reason} of each None.
-
-    Raises:
-        ValueError: shapes are not [n] and [n].
     """
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels) != 0
-    if scores.ndim != 1 or scores.shape != labels.shape:
-        raise ValueError(f"Expected scores [n], labels [n], got {scores.shape}, {labels.shape}")
     non_finite = scores.size - int(np.count_nonzero(np.isfinite(scores)))
     reason = None
     if not scores.size:

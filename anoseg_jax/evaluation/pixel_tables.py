@@ -105,7 +105,6 @@ def _at_or_above(table: ScoreTable, keys: np.ndarray, side: str = "left") -> np.
 class TypeTables:
     """The tables, counts and pending pixels of the images of one defect type."""
 
-    at_threshold: dict[str, np.ndarray]  # float64 [thresholds] each
     normal: ScoreTable = field(default_factory=lambda: empty_table(1))
     defect: ScoreTable = field(default_factory=lambda: empty_table(2))
     pending_normal: list[np.ndarray] = field(default_factory=list)
@@ -284,39 +283,3 @@ def why_unusable(groups: Sequence[TypeTables]) -> str | None:
         pixels = sum(group.non_finite_pixels for group in groups)
         return f"{pixels} pixels in the maps of {non_finite} of {images} images are not finite"
     return None
-
-
-def metrics_at_threshold(
-    groups: Sequence[TypeTables],
-    good: TypeTables | None,
-    index: int,
-    counts: ThresholdCounts,
-    unusable: str | None,
-) -> dict[str, Any]:
-    """Returns the metrics at one threshold, from the counts that each image added."""
-    tp, fp, iou = (
-        float(sum(group.at_threshold[name][index] for group in groups))
-        for name in ("tp", "fp", "iou")
-    )
-    defects, normals = counts.defect_pixels, counts.normal_pixels
-    with_defect = sum(group.images_with_defect for group in groups)
-    good_images = good.images if good else 0
-    flagged = float(good.at_threshold["flagged"][index]) if good else 0.0
-    no_positives = "no pixel is at or above the threshold"
-    ratios = {  # numerator, denominator, why when it is 0
-        "iou": (tp, defects and defects + fp, NO_DEFECTS),
-        "mean_iou": (iou, with_defect, NO_DEFECTS),
-        "precision": (tp, defects and tp + fp, no_positives if defects else NO_DEFECTS),
-        "recall": (tp, defects, NO_DEFECTS),
-        "f1": (2 * tp, defects and defects + tp + fp, NO_DEFECTS),
-        "false_positive_rate": (fp, normals, NO_NORMALS),
-        "good_images_flagged": (flagged, good_images, "no good images"),
-    }
-    values: dict[str, Any] = {}
-    missing: dict[str, str] = {}
-    for name, (numerator, denominator, reason) in ratios.items():
-        available = unusable is None and denominator > 0
-        values[name] = numerator / denominator if available else None
-        if not available:
-            missing[name] = unusable or reason
-    return {**values, "not_available": missing}

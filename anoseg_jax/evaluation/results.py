@@ -4,7 +4,8 @@
     W/<category>/results.json            one category, with what is needed to reproduce it
     W/<category>/images.csv              one line for each test image
     W/<category>/curves.json             points of the curves
-    W/<category>/evaluation.npz          test images, masks and 8-bit maps
+    W/<category>/histograms.npz          of the 8-bit maps, for the intervals of a comparison
+    W/<category>/evaluation.npz          test images, masks, 8-bit maps, regions found: for pages
     W/seed_<s>/                          such a workdir for each of several seeds; W has their mean
 
 Reading needs no jax.
@@ -14,6 +15,8 @@ import csv
 import hashlib
 import io
 import json
+import sys
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +25,17 @@ import numpy as np
 from etils.epath import Path
 
 from anoseg_jax import UsageError
-from anoseg_jax.evaluation.metrics import METRICS
+from anoseg_jax.evaluation.metrics import METRICS, level_histograms
 from anoseg_jax.running import versions
 from anoseg_jax.running.files import write_bytes, write_text
 
 IMAGE_COLUMNS = ("name", "defect_type", "label", "has_mask")
 SCORE_COLUMNS = ("score", "score_map", "score_detector", "iou")
+ARRAYS = {
+    "evaluation.npz": ("image", "mask", "map", "region"),
+    "histograms.npz": ("histograms", "mask_crc32", "size"),
+}
+Arrays = Mapping[str, np.ndarray]
 
 
 class ResultsError(UsageError):
@@ -42,16 +50,18 @@ class Evaluation:
       results: the category's content of results.json: the metrics and the metadata of the model. A
         metric that cannot be computed is None and has a reason under `not_available`.
       images: one dict for each image: name, defect_type, label, has_mask, score (the selected image
-        score), score_map, score_detector (None without a detector) and iou (of the 8-bit map at
-        `iou_threshold`; None without a mask or a threshold).
+        score), score_map, score_detector (None without a detector) and iou (see
+        `evaluate.measure_regions`).
       maps: uint8 [n, h, w], the maps on the display scale (see `evaluate.to_display_scale`) times
         255: for pictures, not for metrics.
-      curves: "roc", "pr", "pro" and "iou" of metrics.segmentation_metrics, for plotting.
+      regions: bool [n, h, w], the pixels found (see `evaluate.select_shown_thresholds`).
+      curves: of metrics.segmentation_metrics and metrics.image_curves, for plotting.
     """
 
     results: dict[str, Any]
     images: list[dict[str, Any]]
     maps: np.ndarray
+    regions: np.ndarray
     curves: dict[str, dict[str, list[float]]]
 
 
@@ -76,21 +86,19 @@ def mean_over_seeds(results_by_seed: Mapping[int, Mapping[str, Any]]) -> dict[st
     `mean` is over categories; its std is that of the means that each seed has over categories.
     """
     by_seed = dict(sorted(results_by_seed.items()))
+    of_seeds = {seed: results["categories"] for seed, results in by_seed.items()}
     categories = {}
-    for name in keys_of(results["categories"] for results in by_seed.values()):
-        of_category = {
-            s: r["categories"][name] for s, r in by_seed.items() if name in r["categories"]
-        }
-        categories[name] = _over_seeds(of_category) | {
-            "params_sha256": [category.get("params_sha256") for category in of_category.values()],
-            "seeds": list(of_category),
-        }
+    for name in keys_of(of_seeds.values()):
+        of_category = {seed: of_seed[name] for seed, of_seed in of_seeds.items() if name in of_seed}
+        hashes = [results.get("params_sha256") for results in of_category.values()]
+        categories[name] = _over_seeds(of_category)
+        categories[name] |= {"params_sha256": hashes, "seeds": list(of_category)}
     mean: dict[str, float | None] = {}
     same_seeds = all(len(category["seeds"]) == len(by_seed) for category in categories.values())
     for metric, value in mean_of(categories).items():
         complete = same_seeds and all(c[metric] is not None for c in categories.values())
-        of_seeds = [results["mean"][metric] for results in by_seed.values()]
-        mean |= {metric: value, f"{metric}_std": std_of(of_seeds) if complete else None}
+        means = [results["mean"][metric] for results in by_seed.values()]
+        mean |= {metric: value, f"{metric}_std": std_of(means) if complete else None}
     others = {
         seed: {key: value for key, value in results.items() if key not in ("categories", "mean")}
         for seed, results in by_seed.items()
@@ -255,19 +263,11 @@ def read_results(folder: str | Path) -> dict[str, Any]:
 
 def read_finished(folders: Mapping[Any, Path]) -> dict[Any, dict[str, Any]]:
     """Returns the content of results.json of each of `folders` that has one."""
-    return {
-        key: read_results(folder)
-        for key, folder in folders.items()
-        if (folder / "results.json").exists()
-    }
+    return {k: read_results(f) for k, f in folders.items() if (f / "results.json").exists()}
 
 
 def read_seeds(workdir: str | Path) -> dict[str, dict[str, Any]]:
-    """Reads results.json of each `seed_<s>` in a workdir, by seed, or of the workdir as seed "".
-
-    Raises:
-      ResultsError: one of them is missing or damaged.
-    """
+    """Reads results.json of each `seed_<s>` in a workdir, or else of the workdir as seed ""."""
     workdir = Path(workdir)
     children = workdir.iterdir() if workdir.is_dir() else ()
     seeds = [path.name[5:] for path in children if path.name.startswith("seed_") and path.is_dir()]
@@ -312,25 +312,30 @@ def parse_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_images(
-    folder: Path, names: Sequence[str] = ("image", "mask", "map")
-) -> tuple[list[dict[str, Any]] | None, dict[str, np.ndarray] | None, str]:
-    """Reads images.csv and the named arrays of evaluation.npz of a category.
+    folder: Path, archive: str = "evaluation.npz"
+) -> tuple[list[dict[str, Any]] | None, Arrays | None, str]:
+    """Reads images.csv and the arrays of evaluation.npz or histograms.npz of a category.
 
-    Returns:
-      The rows, the arrays, and "" or a sentence that says why one of them is None. Without as many
-      rows there are no arrays.
+    Returns the rows, the arrays, and "" or a sentence that says why one of them is None. There are
+    no arrays if the number of rows is another.
     """
+    names = ARRAYS[archive]
 
     def parse(path: Path) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(path.read_bytes())) as file:
             return {name: file[name] for name in names}
 
     rows, no_rows = read_optional(folder / "images.csv", parse_rows)
-    arrays, no_arrays = read_optional(folder / "evaluation.npz", parse)
-    if rows is not None and arrays is not None and len(rows) != len(arrays["map"]):
-        count, arrays = len(arrays["map"]), None
-        no_arrays = f"evaluation.npz has {count} images and images.csv {len(rows)}: evaluate again."
-    return rows, arrays, no_rows or no_arrays
+    arrays, problem = read_optional(folder / archive, parse)
+    if rows is not None and arrays is not None and len(rows) != len(arrays[names[0]]):
+        problem = f"{archive} has {len(arrays[names[0]])} images and images.csv {len(rows)}."
+        arrays = None
+    if problem:
+        problem += " --mode=evaluate writes it."
+        if archive == "evaluation.npz":
+            problem += " Of variants and further seeds it is only written with "
+            problem += "--config.evaluate.store_all_maps=True."
+    return rows, arrays, no_rows or problem
 
 
 # Writing.
@@ -348,7 +353,7 @@ def write_everything(workdir: Path, everything: dict[str, Any]) -> None:
 
 
 def write_category(folder: Path, results: dict[str, Any], *, config: str, command: str) -> None:
-    """Writes results.json of a category: the results, and the metadata to reproduce them.
+    """Writes results.json of a category, with what is needed to reproduce it; prints its warnings.
 
     `config` is the JSON of the options of this run; its hash is written as `config_sha256`.
     `command` is the command line of this run.
@@ -364,14 +369,15 @@ def write_category(folder: Path, results: dict[str, Any], *, config: str, comman
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", content)
+    for warning in results.get("warnings", ()):
+        print(f"warning: {folder.name}: {warning}", file=sys.stderr)
 
 
 def assemble(workdir: Path, categories: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Writes results.json and results.md of `workdir` from the results of its category folders.
 
     Other categories that are already in results.json are kept. Returns the content of each
-    category's results.json; categories without one are skipped. If all are skipped, no file is
-    written.
+    category's results.json. Categories without one are skipped; without any, nothing is written.
     """
     contents = read_finished({name: workdir / name for name in categories})
     if not contents:
@@ -379,13 +385,9 @@ def assemble(workdir: Path, categories: Sequence[str]) -> dict[str, dict[str, An
     previous = read_finished({"": workdir}).get("", {"categories": {}})["categories"]
     others = {name: results for name, results in previous.items() if name not in contents}
     every = others | {name: content["results"] for name, content in contents.items()}
-    metadata = [
-        {key: value for key, value in content.items() if key != "results"}
-        for content in contents.values()
-    ]
-    write_everything(
-        workdir, {"categories": every, "mean": mean_of(every)} | _join_values(metadata)
-    )
+    metadata = [{k: v for k, v in c.items() if k != "results"} for c in contents.values()]
+    everything = {"categories": every, "mean": mean_of(every)} | _join_values(metadata)
+    write_everything(workdir, everything)
     return contents
 
 
@@ -406,13 +408,18 @@ def write_results(
     assemble(workdir, [category])
 
 
-def write_evaluation(folder: Path, evaluation: Evaluation, arrays: dict[str, np.ndarray]) -> None:
-    """Writes the files that pictures and reports are drawn from; each file is written atomically.
+def write_evaluation(
+    folder: Path, evaluation: Evaluation, arrays: Arrays, *, store_maps: bool = True
+) -> None:
+    """Writes the files that pages and comparisons are made from; each file is written atomically.
 
     images.csv: one line for each image, with the keys of `Evaluation.images`; None is empty.
     curves.json: `Evaluation.curves`.
-    evaluation.npz, in the order of images.csv: `image` uint8 [n, h, w, 3], `mask` bool [n, h, w],
-    `map` uint8 [n, h, w] (times 255).
+    The other arrays are in the order of images.csv:
+    histograms.npz: `histograms` float64 [n, 3, 256] (metrics.level_histograms; 0 without a mask),
+    `mask_crc32` uint32 [n] and the `size` of maps and masks.
+    evaluation.npz: `image` uint8 [n, h, w, 3], `mask` bool [n, h, w], `map` uint8 [n, h, w] (times
+    255), `region` bool [n, h, w]. Without `store_maps` it is not written, and an old one removed.
     """
     table = io.StringIO()
     writer = csv.DictWriter(table, (*IMAGE_COLUMNS, *SCORE_COLUMNS))
@@ -420,6 +427,23 @@ def write_evaluation(folder: Path, evaluation: Evaluation, arrays: dict[str, np.
     writer.writerows(evaluation.images)
     write_text(folder / "images.csv", table.getvalue())
     write_text(folder / "curves.json", json.dumps(evaluation.curves))
+    has_mask = np.array([row["has_mask"] for row in evaluation.images], bool)
+    masks = arrays["mask"] & has_mask[:, None, None]
+    histograms = [level_histograms(*pair) for pair in zip(evaluation.maps, masks, strict=True)]
+    _write_arrays(
+        folder / "histograms.npz",
+        histograms=np.reshape(histograms, (-1, 3, 256)) * has_mask[:, None, None],
+        mask_crc32=np.array([zlib.crc32(np.packbits(mask)) for mask in masks], np.uint32),
+        size=np.array(masks.shape[1:]),
+    )
+    if store_maps:
+        shown = {"image": arrays["image"], "mask": arrays["mask"], "map": evaluation.maps}
+        _write_arrays(folder / "evaluation.npz", **shown, region=evaluation.regions)
+    else:
+        (folder / "evaluation.npz").unlink(missing_ok=True)
+
+
+def _write_arrays(path: Path, **arrays: np.ndarray) -> None:
     packed = io.BytesIO()
-    np.savez_compressed(packed, image=arrays["image"], mask=arrays["mask"], map=evaluation.maps)
-    write_bytes(folder / "evaluation.npz", packed.getvalue())
+    np.savez_compressed(packed, **arrays)
+    write_bytes(path, packed.getvalue())

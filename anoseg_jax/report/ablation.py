@@ -11,12 +11,7 @@ from typing import Any
 import numpy as np
 from etils.epath import Path
 
-from anoseg_jax.evaluation.results import (
-    read_finished,
-    std_of,
-    why_missing,
-    write_json,
-)
+from anoseg_jax.evaluation.results import read_finished, std_of, why_missing, write_json
 from anoseg_jax.report.templates import render
 from anoseg_jax.running.files import write_text
 

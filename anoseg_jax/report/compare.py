@@ -2,7 +2,7 @@
 
 A run is a workdir with results.json, or with one such workdir for each seed, `seed_<s>/`. Values
 come from results.json, exact. Their 95 % intervals come from resampling the test images, from
-images.csv and the 8-bit maps of evaluation.npz. All metrics are better when higher. This module
+images.csv and the histograms of the 8-bit maps. All metrics are better when higher. This module
 needs neither jax nor a checkpoint.
 """
 
@@ -300,7 +300,7 @@ def interval_notes(comparison: dict[str, Any]) -> list[str]:
     lines = [
         f"{bootstrap['resamples']} resamples of the test images (seed {bootstrap['seed']}), good "
         "and defective ones apart; the same images in both runs of a difference. They say nothing "
-        "about another training: for that see the spread over seeds.",
+        "about another training: for that see the spread over seeds."
     ]
     errors = [
         (entry["error"], entry["bound"], f"{metric}, {category}, {name}")

@@ -13,7 +13,6 @@ from etils.epath import Path
 from matplotlib.axes import Axes
 from scipy import stats
 
-from anoseg_jax.evaluation.evaluate import to_display_scale
 from anoseg_jax.evaluation.results import read_images, read_results, seed_folder
 from anoseg_jax.report import compare, pages, panels, plots
 from anoseg_jax.report.verdicts import Card, make_cards
@@ -24,12 +23,9 @@ MAX_SHOWN = 240  # images per page: about 12 MB
 
 
 class RunCategory(NamedTuple):
-    """The files of a run in one category.
+    """The files of a run in one category, and the reason why one is `missing`.
 
-    Attributes:
-      results: of results.json.
-      cards: of all images by name; their verdicts are at the run's best threshold.
-      arrays: of evaluation.npz; None with the reason in `missing`.
+    `cards` has all images by name; their verdicts are at the run's best threshold.
     """
 
     results: dict[str, Any]
@@ -41,9 +37,7 @@ class RunCategory(NamedTuple):
 class Pair(NamedTuple):
     """A test image in two runs, in the order (baseline, other run).
 
-    Attributes:
-      cards: the image's card of each run.
-      ranks: of the scores among all images that both runs have, from 0 (lowest) to 1.
+    The ranks of its scores are among all images that both runs have, from 0 (lowest) to 1.
     """
 
     cards: tuple[Card, Card]
@@ -99,16 +93,13 @@ def farthest(pairs: Sequence[Pair], gain: Callable[[Pair], float], count: int) -
     return [pair for pair in ranked[:count] if gain(pair)]
 
 
-def draw(pair: Pair, runs: Mapping[str, RunCategory]) -> list[panels.Panel]:
+def draw(pair: Pair, runs: Mapping[str, RunCategory]) -> list[dict[str, Any]]:
     """Draws image and truth, then each run's map and its region at the run's best threshold."""
     drawn: dict[str, Any] = {}
     for (name, run), card in zip(runs.items(), pair.cards, strict=True):
         if run.arrays is None:
             continue
-        best, scale = run.results["iou_threshold"], run.results.get("map_scale")
-        drawn_at = 0.5 if best is None else float(to_display_scale(best, scale))
-        pictures = panels.draw_panels(run.arrays, card, drawn_at, panels.SMALL)
-        image, truth, *of_run = pictures.items()
+        image, truth, *of_run = panels.draw_panels(run.arrays, card, panels.SMALL).items()
         drawn = drawn or dict([image, truth])
         drawn |= {f"{name}: {caption}": picture for caption, picture in of_run}
     return panels.as_panels(drawn)
@@ -146,10 +137,7 @@ def draw_plots(pairs: Sequence[Pair], runs: Mapping[str, RunCategory]) -> list[d
     ious = [pair.ious for pair in pairs if pair.cards[0].label and None not in pair.ious]
     thresholds = [run.results["image_f1_max_threshold"] for run in runs.values()]
     named = {
-        "Scores of each image": (
-            pairs,
-            lambda axes: plot_pairs(axes, scores, names, thresholds),
-        ),
+        "Scores of each image": (pairs, lambda axes: plot_pairs(axes, scores, names, thresholds)),
         "IoU of each defective image": (ious, lambda axes: plot_ious(axes, ious, names)),
     }
     missing = "no image has it in both runs"

@@ -12,9 +12,9 @@ from typing import Any
 
 from etils.epath import Path
 
-from anoseg_jax.evaluation.evaluate import to_display_scale
 from anoseg_jax.evaluation.metrics import METRICS
 from anoseg_jax.evaluation.results import (
+    ResultsError,
     parse_json,
     parse_rows,
     read_images,
@@ -24,26 +24,9 @@ from anoseg_jax.evaluation.results import (
 from anoseg_jax.report import templates
 from anoseg_jax.report.panels import PREDICTION, TRUTH, colour_scale, draw_gallery
 from anoseg_jax.report.plots import draw_curves, draw_training, types_of
-from anoseg_jax.report.verdicts import (
-    VERDICTS,
-    choose_thresholds,
-    make_cards,
-    measure_again,
-)
+from anoseg_jax.report.verdicts import VERDICTS, make_cards, shown_threshold
 from anoseg_jax.running.files import write_text
 
-# Title and explanation of each metric.
-NAMES = {
-    "image_auroc": ("Image AUROC", "how often a defective image scores above a good one"),
-    "pixel_auroc": ("Pixel AUROC", "how often a defect pixel scores above a defect-free one"),
-    "pixel_ap": ("Pixel AP", "precision of pixels, averaged over recall; small defects are hard"),
-    "iou": ("IoU", "overlap of found and true pixels, at the best threshold of the test set"),
-    "pixel_f1_max": ("Pixel F1-max", "the same overlap as F1: 2 IoU / (1 + IoU)"),
-    "au_pro": ("AU-PRO", "share found of each defect region, over false-positive rates up to 0.3"),
-    "image_ap": ("Image AP", "precision of images, averaged over recall"),
-    "image_f1_max": ("Image F1-max", "of images, at the best threshold of the test set"),
-    "au_pro_0.05": ("AU-PRO 0.05", "as AU-PRO, over false-positive rates up to 0.05"),
-}
 MAX_CARDS = 600  # of a gallery: the worst images
 MAX_GALLERY_BYTES = 12_000_000
 
@@ -75,40 +58,26 @@ def category_page(
     log, no_log = read_optional(folder / "train_log.jsonl", parse_log)
     config, no_config = read_optional(folder / "config.json", parse_json)
 
-    thresholds = choose_thresholds(of_category)
-    image, pixel = thresholds["image"].value, thresholds["pixel"].value
-    cards = make_cards(measure_again(rows or [], of_category, arrays), image)
-    scale = of_category.get("map_scale")
-    drawn_at = 0.5 if pixel is None else float(to_display_scale(pixel, scale))
+    image = shown_threshold(of_category, "image")
+    cards = make_cards(rows or [], image)
     shown = cards[:max_cards] if arrays is not None else []
-    gallery = draw_gallery(shown, arrays, drawn_at, max_bytes) if shown else []
+    gallery = draw_gallery(shown, arrays, max_bytes) if shown else []
     types = types_of(cards)
     counts = Counter(card.verdict for card in cards)
     # Without a threshold there are no verdicts: zeros would look like results.
     names = [name for name in VERDICTS if counts[name] or (image is not None and name != "none")]
-    totals = Counter(card.label for card in cards)
+    totals = Counter("defective" if card.label else "good" for card in cards)
     return render(
         kind="category",
         title=category,
         results=of_category,
-        steps=of_category["steps"],
-        good=totals[0],
-        defective=totals[1],
+        totals=totals,
         headline=METRICS,
-        others=[name for name in NAMES if name not in METRICS and name in of_category],
-        thresholds=thresholds,
-        drawn_at=drawn_at,
         verdicts={name: counts[name] for name in names},
-        of_all={"missed": totals[1], "found": totals[1], "false_alarm": totals[0]}
-        | {"passed": totals[0], "none": len(cards)},
-        missed={
-            name: sum(card.verdict == "missed" for card in cards if card.defect_type == name)
-            if any(card.verdict != "none" for card in cards if card.defect_type == name)
-            else None
-            for name in of_category.get("defect_types", {})
-        },
+        missed=Counter(card.defect_type for card in cards if card.verdict == "missed"),
         notes=Notes(),
-        curves=draw_curves(of_category, curves or {}, cards, thresholds),
+        image_threshold=image,
+        curves=draw_curves(of_category, curves or {}, cards),
         training=draw_training(log) if log else [],
         no_training=no_log or "train_log.jsonl is empty.",
         cards=list(zip(shown, gallery, strict=True)),
@@ -126,7 +95,7 @@ def category_page(
 def count_verdicts(folder: Path, results: Mapping[str, Any]) -> list[str]:
     """Returns the missed defective images and the false alarms, each as text: "1 of 8"."""
     rows, _ = read_optional(folder / "images.csv", parse_rows)
-    threshold = choose_thresholds(results)["image"].value
+    threshold = shown_threshold(results, "image")
     if rows is None or threshold is None:
         return ["not available"] * 2
     counts = Counter((row["label"], row["score"] >= threshold) for row in rows)
@@ -160,7 +129,6 @@ def render(template: str = "report.html.jinja", **values: Any) -> str:
     """Fills the template of a page with `values` and what all pages have."""
     return templates.render(
         template,
-        names=NAMES,
         verdict_names=VERDICTS,
         scale=colour_scale(),
         truth_colour=f"rgb{TRUTH}",
@@ -180,12 +148,20 @@ def write_run(
       max_bytes: size of all pictures of a category page.
 
     Raises:
-      ResultsError: results.json is missing or damaged.
+      ResultsError: results.json is missing or damaged; or, after all other pages are written, a
+        line for each category whose page cannot be written.
     """
     workdir = Path(workdir)
     results = read_results(workdir)
+    options = {"max_cards": max_cards, "max_bytes": max_bytes}
+    errors = []
     for category in results["categories"]:
-        page = category_page(workdir, results, category, max_cards=max_cards, max_bytes=max_bytes)
-        (workdir / category).mkdir(exist_ok=True)
-        write_text(workdir / category / "report.html", page)
+        try:
+            (workdir / category).mkdir(exist_ok=True)
+            page = category_page(workdir, results, category, **options)
+            write_text(workdir / category / "report.html", page)
+        except OSError as error:
+            errors.append(f"{category}: its report.html cannot be written: {error}")
     write_text(workdir / "report.html", run_page(workdir, results))
+    if errors:
+        raise ResultsError("\n".join(errors))

@@ -3,34 +3,21 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from anoseg_jax.report.verdicts import Card, level_of
+from anoseg_jax.evaluation.metrics import resize_region
+from anoseg_jax.evaluation.results import ARRAYS
+from anoseg_jax.report.verdicts import Card
 
 COLOURS = matplotlib.colormaps["inferno"]
 TRUTH, PREDICTION = (0, 200, 80), (255, 60, 60)  # colours of outlines
 PANEL_PIXELS = 30e6  # of all panels of a gallery together: about 6 MB of JPEG
 SMALL = 192  # pixels: the height that smaller images are enlarged to
-
-
-class Panel(NamedTuple):
-    """A picture of a page, as a data: URI."""
-
-    caption: str
-    uri: str
-    width: int
-    height: int
-
-
-def cover(region: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes a region [h, w] to `size` (width, height) and keeps even single pixels."""
-    grey = Image.fromarray(region.astype(np.uint8) * 255)
-    return np.asarray(grey.resize(size, Image.Resampling.BOX)) > 0
 
 
 def outline(image: Image.Image, region: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
@@ -49,54 +36,56 @@ def overlay(image: Image.Image, region: np.ndarray) -> Image.Image:
 
 
 def draw_panels(
-    arrays: Mapping[str, np.ndarray], card: Card, threshold: float, height: int
+    arrays: Mapping[str, np.ndarray], card: Card, height: int
 ) -> dict[str, Image.Image]:
-    """Draws image, truth, anomaly map and the region at or above the threshold, by caption.
+    """Draws image, truth, anomaly map and the region that was found, by caption.
 
     Args:
-      arrays: `image` uint8 [n, h, w, 3], `mask` bool [n, h, w] and `map` uint8 [n, h, w], the map
-        times 255; every picture has the same colours for the same values.
+      arrays: of evaluation.npz (see results.write_evaluation); every picture has the same colours
+        for the same values of the map.
       card: which image; without a mask its truth is not known.
-      threshold: of maps in [0, 1].
       height: of each panel in pixels.
     """
-    image, mask, image_map = (arrays[name][card.index] for name in ("image", "mask", "map"))
+    image, mask, image_map, region = (arrays[name][card.index] for name in ARRAYS["evaluation.npz"])
     h, w = image_map.shape
-    size = (max(1, round(height * w / h)), height)
-    photo = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+    width = max(1, round(height * w / h))
+    photo = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     heat = Image.fromarray(np.asarray(COLOURS(image_map, bytes=True))[..., :3])
     truth = "truth" if mask.any() else "truth: no defect"
     if not card.has_mask:
         truth = "truth: not known"
+    mask, region = (resize_region(pixels, (height, width)) for pixels in (mask, region))
     return {
         "image": photo,
-        truth: outline(photo, cover(mask, size), TRUTH) if card.has_mask else photo,
-        "anomaly map": heat.resize(size, Image.Resampling.BILINEAR),
-        "found": overlay(photo, cover(image_map >= level_of(threshold), size)),
+        truth: outline(photo, mask, TRUTH) if card.has_mask else photo,
+        "anomaly map": heat.resize((width, height), Image.Resampling.BILINEAR),
+        "found": overlay(photo, region),
     }
 
 
-def as_panels(pictures: Mapping[str, Image.Image]) -> list[Panel]:
-    """Returns pictures of a page as JPEGs, without chroma subsampling: outlines stay sharp."""
+def as_panels(pictures: Mapping[str, Image.Image]) -> list[dict[str, Any]]:
+    """Returns pictures of a page: caption, width, height, and a data: URI of the JPEG."""
     panels = []
     for caption, picture in pictures.items():
         buffer = io.BytesIO()
+        # Without chroma subsampling, outlines stay sharp.
         picture.save(buffer, "JPEG", quality=82, subsampling=0, optimize=True)
         uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-        panels.append(Panel(caption, uri, *picture.size))
+        size = {"width": picture.width, "height": picture.height}
+        panels.append({"caption": caption, "uri": uri, **size})
     return panels
 
 
 def draw_gallery(
-    cards: Sequence[Card], arrays: Mapping[str, np.ndarray], threshold: float, max_bytes: int
-) -> list[list[Panel]]:
+    cards: Sequence[Card], arrays: Mapping[str, np.ndarray], max_bytes: int
+) -> list[list[dict[str, Any]]]:
     """Draws the panels of each card, as large as `max_bytes` allows; see `draw_panels`."""
     h, w = arrays["map"].shape[1:]
     height = round((PANEL_PIXELS / (4 * max(1, len(cards))) * h / w) ** 0.5)
     height = max(16, min(height, max(SMALL, h)))
     while True:
-        gallery = [as_panels(draw_panels(arrays, card, threshold, height)) for card in cards]
-        total = sum(len(panel.uri) for panels in gallery for panel in panels)
+        gallery = [as_panels(draw_panels(arrays, card, height)) for card in cards]
+        total = sum(len(panel["uri"]) for panels in gallery for panel in panels)
         if total <= max_bytes or height <= 16:
             return gallery
         height = max(16, int(0.95 * height * (max_bytes / total) ** 0.5))

@@ -1,17 +1,19 @@
 """PNG files of the best, worst, missed and falsely detected test images of a category."""
 
+import hashlib
 import io
+import os
 
 import numpy as np
 from etils.epath import Path
 from PIL import Image, ImageDraw
 
-from anoseg_jax.evaluation.evaluate import to_display_scale
 from anoseg_jax.evaluation.results import Evaluation
 from anoseg_jax.report.panels import draw_panels
-from anoseg_jax.report.verdicts import Card, choose_thresholds, make_cards, measure_again
+from anoseg_jax.report.verdicts import Card, make_cards, shown_threshold
 
 PANEL = 256  # pixels: the height that each panel is drawn at
+MAX_BYTES = 180  # of the part of a file name that names the image
 
 
 def draw_sheet(panels: dict[str, Image.Image], title: str) -> Image.Image:
@@ -47,6 +49,18 @@ def choose(cards: list[Card], count: int) -> dict[str, list[Card]]:
     return {kind: of_kind[:count] for kind, of_kind in chosen.items()}
 
 
+def picture_name(prefix: str, name: str) -> str:
+    """Returns the file name of a picture of the image `name`: two of its parts, or a hash of it.
+
+    A legal name may have 255 bytes; with the prefix and the folder's name it would be too long.
+    """
+    stem = "_".join(Path(name).with_suffix("").parts[-2:])
+    if len(os.fsencode(stem)) > MAX_BYTES:
+        start = os.fsencode(stem)[:MAX_BYTES].decode(errors="ignore")
+        stem = f"{start}_{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
+    return f"{prefix}_{stem}.png"
+
+
 def write_pictures(
     folder: str | Path, evaluation: Evaluation, arrays: dict[str, np.ndarray], count: int
 ) -> None:
@@ -61,20 +75,21 @@ def write_pictures(
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     temporary.rmtree(missing_ok=True)
-    temporary.mkdir(parents=True)
-    results, arrays = evaluation.results, arrays | {"map": evaluation.maps}
-    thresholds = choose_thresholds(results)
-    cards = make_cards(measure_again(evaluation.images, results, arrays), thresholds["image"].value)
-    pixel = thresholds["pixel"].value
-    drawn_at = 0.5 if pixel is None else float(to_display_scale(pixel, results.get("map_scale")))
-    for kind, of_kind in choose(cards, count).items():
-        for rank, card in enumerate(of_kind):
-            iou = "-" if card.iou is None else f"{card.iou:.3f}"
-            title = f"{kind}: {card.name}   score {card.score:.3f}   IoU {iou}"
-            sheet = draw_sheet(draw_panels(arrays, card, drawn_at, PANEL), title)
-            stem = "_".join(Path(card.name).with_suffix("").parts[-2:])
-            png = io.BytesIO()
-            sheet.save(png, "PNG")
-            (temporary / f"{kind}_{rank:02d}_{stem}.png").write_bytes(png.getvalue())
-    folder.rmtree(missing_ok=True)
-    temporary.rename(folder)
+    arrays = arrays | {"map": evaluation.maps, "region": evaluation.regions}
+    cards = make_cards(evaluation.images, shown_threshold(evaluation.results, "image"))
+    threshold = shown_threshold(evaluation.results, "region")
+    at = "" if threshold is None else f"   found at {threshold:.4g}"
+    try:
+        temporary.mkdir(parents=True)
+        for kind, of_kind in choose(cards, count).items():
+            for rank, card in enumerate(of_kind):
+                iou = "-" if card.iou is None else f"{card.iou:.3f}"
+                title = f"{kind}: {card.name}   score {card.score:.3f}   IoU {iou}{at}"
+                png = io.BytesIO()
+                draw_sheet(draw_panels(arrays, card, PANEL), title).save(png, "PNG")
+                name = picture_name(f"{kind}_{rank:02d}", card.name)
+                (temporary / name).write_bytes(png.getvalue())
+        folder.rmtree(missing_ok=True)
+        temporary.rename(folder)
+    finally:
+        temporary.rmtree(missing_ok=True)

@@ -11,10 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-from sklearn.metrics import precision_recall_curve, roc_curve
 
 from anoseg_jax.evaluation.metrics import GOOD
-from anoseg_jax.report.verdicts import Card, Threshold
+from anoseg_jax.report.verdicts import Card, shown_threshold
 
 # From the palette of Okabe and Ito, for readers with colour blindness.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#8a9199"
@@ -81,10 +80,10 @@ def plot_rates(
     axes.legend(loc="best")
 
 
-def plot_pro(axes: Axes, curve: Mapping[str, list[float]], area: float | None) -> None:
+def plot_pro(axes: Axes, curve: Mapping[str, list[float]], area: float) -> None:
     """Plots the PRO curve, and fills the area that AU-PRO measures."""
     x, y = np.array(curve["false_positive_rate"]), np.array(curve["overlap"])
-    axes.plot(x, y, color=BLUE, label=_label("AU-PRO", area))
+    axes.plot(x, y, color=BLUE, label=f"AU-PRO {area:.4f}")
     inside = np.append(x[x < 0.3], 0.3)
     axes.fill_between(inside, np.interp(inside, x, y), color=BLUE, alpha=0.12, linewidth=0)
     axes.axvline(0.3, color=GREY, linestyle=":", linewidth=1)
@@ -182,30 +181,21 @@ def draw_curves(
     results: Mapping[str, Any],
     curves: Mapping[str, Mapping[str, list[float]]],
     cards: Sequence[Card],
-    thresholds: Mapping[str, Threshold],
 ) -> list[dict[str, Any]]:
     """Returns the plots of a category: title, svg or None, and the reason for None (missing)."""
-    labels = np.array([card.label for card in cards], int)
-    scores = np.array([card.score for card in cards], float)
-    image_curves = len(set(labels)) == 2 and bool(np.isfinite(scores).all())
     missing = results["not_available"]
     roc, pr = {}, {}
-    if "roc" in curves and "pr" in curves:
-        x, y = curves["roc"]["false_positive_rate"], curves["roc"]["true_positive_rate"]
-        roc["pixels"] = (x, y, _label("pixels: AUROC", results["pixel_auroc"]))
-        x, y = curves["pr"]["recall"], curves["pr"]["precision"]
-        pr["pixels"] = (x, y, _label("pixels: AP", results["pixel_ap"]))
-    if image_curves:
-        x, y, _ = roc_curve(labels, scores)
-        roc["images"] = (x, y, _label("images: AUROC", results["image_auroc"]))
-        # scikit-learn appends recall 0 and precision 1 by convention: no image is there.
-        y, x, _ = precision_recall_curve(labels, scores)
-        pr["images"] = (x[:-1], y[:-1], _label("images: AP", results["image_ap"]))
-    pixel, image = thresholds["pixel"].value, thresholds["image"].value
+    for kind, prefix in (("pixels", ""), ("images", "image_")):
+        if f"{prefix}roc" in curves:
+            metric = prefix or "pixel_"
+            auroc, ap = results[f"{metric}auroc"], results[f"{metric}ap"]
+            roc[kind] = (*curves[f"{prefix}roc"].values(), f"{kind}: AUROC {auroc:.4f}")
+            pr[kind] = (*curves[f"{prefix}pr"].values(), f"{kind}: AP {ap:.4f}")
+    region, image = (shown_threshold(results, kind) for kind in ("region", "image"))
     no_pixels = missing.get("pixel_auroc", "curves.json is not there")
     no_images = "no score is finite" if cards else "there are no scores"
     rates = ("false-positive rate", "true-positive rate")
-    finite = np.isfinite(scores).any()
+    finite = any(np.isfinite(card.score) for card in cards)
     pro, iou = curves.get("pro"), curves.get("iou")
     plots = {
         "ROC": (roc, lambda axes: plot_rates(axes, roc, *rates)),
@@ -214,7 +204,7 @@ def draw_curves(
             pro,
             lambda axes: plot_pro(axes, pro, results["au_pro"]),
         ),
-        "IoU at every threshold": (iou, lambda axes: plot_iou(axes, iou, pixel)),
+        "IoU at every threshold": (iou, lambda axes: plot_iou(axes, iou, region)),
     }
     of_images = {
         "Scores of good and defective images": lambda axes: plot_histogram(axes, cards, image),
@@ -236,7 +226,3 @@ def draw_training(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def shorten(name: str, length: int = 24) -> str:
     """Returns a name of at most `length` letters; a longer one ends in an ellipsis."""
     return name if len(name) <= length else name[: length - 1] + "…"
-
-
-def _label(name: str, value: float | None) -> str:
-    return name if value is None else f"{name} {value:.4f}"

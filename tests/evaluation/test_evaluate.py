@@ -6,12 +6,13 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from anoseg_jax.evaluation import evaluate
 from anoseg_jax.evaluation.metrics import METRICS
 from anoseg_jax.evaluation.results import write_evaluation, write_results
 from anoseg_jax.method import predict, thresholds
-from anoseg_jax.report import pictures
+from anoseg_jax.report import pages, panels, pictures
 
 
 class FixedPredictor:
@@ -43,6 +44,7 @@ def batch(*, reds, masks, labels, types):
     }
 
 
+OF_MAPS = {"maps_dir": "M", "image_size": (4, 4), "top_fraction": 0.25}
 CORNER = np.zeros((4, 4), bool)
 CORNER[:2, :2] = True
 
@@ -126,11 +128,16 @@ def test_evaluation_files_are_written_completely(small_batch, tmp_path):
     rows = list(csv.DictReader((tmp_path / "images.csv").open(newline="")))
     assert [row["name"] for row in rows] == list(small_batch["name"])
     assert rows[0]["iou"] == "" and float(rows[2]["iou"]) == pytest.approx(0.8)
-    assert set(json.loads((tmp_path / "curves.json").read_text())) == {"roc", "pr", "pro", "iou"}
+    curves = json.loads((tmp_path / "curves.json").read_text())
+    assert set(curves) == {"roc", "pr", "pro", "iou", "image_roc", "image_pr"}
+    assert curves["image_roc"]["true_positive_rate"] == [0, 1, 1]
     with np.load(tmp_path / "evaluation.npz") as arrays:
         np.testing.assert_array_equal(arrays["map"], small_batch["image"][..., 0])
         np.testing.assert_array_equal(arrays["mask"], small_batch["mask"])
-    assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
+        np.testing.assert_array_equal(arrays["region"], small_batch["image"][..., 0] >= 200)
+    write_evaluation(tmp_path, evaluation, small_batch, store_maps=False)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"images.csv", "curves.json", "histograms.npz"}
 
 
 def test_each_defect_type_is_measured_against_all_good_images(small_batch):
@@ -196,9 +203,151 @@ def test_verdicts_at_a_threshold_by_hand(small_batch):
 
 def test_native_size_measures_at_the_size_of_the_masks(small_batch):
     large = [np.kron(mask, np.ones((3, 5), bool)) for mask in small_batch["mask"]]
-    results = evaluate.evaluate(FixedPredictor(), [small_batch], native_masks=large).results
-    assert results["defect_pixels"] == 4 * 15
-    assert results["iou"] > 0.5
+    evaluation = evaluate.evaluate(FixedPredictor(), [small_batch], native_masks=large)
+    assert evaluation.results["defect_pixels"] == 4 * 15
+    # The only image with a defect, or with a pixel at or above the threshold.
+    assert evaluation.images[2]["iou"] == evaluation.results["iou"] > 0.5
+    assert evaluation.regions.shape == (3, 4, 4) and evaluation.regions[2].any()
+
+
+class NarrowPredictor(FixedPredictor):
+    """Maps from 0.0001 to 0.0015, as after few steps: none reaches half of 1 / 255."""
+
+    def __call__(self, images):
+        maps, _ = super().__call__(images)
+        maps = (0.0001 + 0.0014 * maps).astype(np.float32)
+        return maps, maps.max(axis=(1, 2))
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_maps_in_a_narrow_range_have_one_iou_in_all_files_and_regions(
+    small_batch, tmp_path, native
+):
+    """With a pixel threshold from good images, too."""
+    small_batch["image"][2, 3, 3] = 0  # without it, the map finds the defect exactly
+    masks = None
+    if native:
+        masks = [np.kron(mask, np.ones((2, 2), bool)) for mask in small_batch["mask"]]
+    evaluation = evaluate.evaluate(
+        NarrowPredictor(), [small_batch], native_masks=masks, pixel_threshold=0.0005
+    )
+    iou = evaluation.results["iou"]
+    assert iou == 1.0 if not native else iou > 0.7  # enlarging blurs the edge
+    assert [row["iou"] for row in evaluation.images] == [None, None, iou]
+    assert evaluation.maps.max() == 0
+    assert not evaluation.regions[:2].any() and evaluation.regions[2, 0, 0]
+    if not native:
+        np.testing.assert_array_equal(evaluation.regions[2], CORNER)
+    folder = tmp_path / "bolt"
+    folder.mkdir()
+    write_evaluation(folder, evaluation, small_batch)
+    assert float((folder / "images.csv").read_text().splitlines()[-1].split(",")[-1]) == iou
+    write_results(tmp_path, "bolt", evaluation.results, config="{}", command="c")
+    pages.write_run(tmp_path)
+    page = (folder / "report.html").read_text()
+    assert f"IoU {iou:.3f}" in page and f"{evaluation.results['iou_threshold']:.4g}" in page
+    pictures.write_pictures(folder / "pictures", evaluation, small_batch, 1)
+    sheet = np.asarray(Image.open(folder / "pictures" / "best_00_dent_2.png"))
+    found = sheet[40:, -264:].reshape(-1, 3)  # the last panel
+    assert (found == panels.PREDICTION).all(axis=1).any()
+
+
+def test_scores_of_one_8_bit_level_are_told_apart(small_batch):
+    class Predictor(FixedPredictor):
+        def __call__(self, images):
+            maps = np.full(images.shape[:3], 0.5, np.float32)
+            maps[2, :2, :2] = np.nextafter(np.float32(0.5), 1)
+            return maps, maps.max(axis=(1, 2))
+
+    evaluation = evaluate.evaluate(Predictor(), [small_batch])
+    assert evaluation.images[2]["iou"] == 1.0
+    np.testing.assert_array_equal(evaluation.regions, small_batch["mask"])
+
+
+def test_a_single_pixel_of_a_large_mask_is_drawn(small_batch):
+    large = [np.zeros((400, 400), bool) for _ in range(3)]
+    large[2][333, 77] = True
+    maps = [10.0 * mask.astype(np.float32) for mask in large]
+    evaluation = evaluate.evaluate_maps(maps, [small_batch], native_masks=large, **OF_MAPS)
+    assert evaluation.images[2]["iou"] == 1.0
+    assert np.argwhere(evaluation.regions).tolist() == [[2, 3, 0]]
+
+
+def test_without_a_best_iou_the_pixel_threshold_gives_regions_and_ious(small_batch):
+    good = {key: values[:2] for key, values in small_batch.items()}
+    good["image"][1, 0, 0] = 200
+    evaluation = evaluate.evaluate(FixedPredictor(), [good], pixel_threshold=0.5)
+    assert [row["iou"] for row in evaluation.images] == [None, 0.0]
+    assert np.argwhere(evaluation.regions).tolist() == [[1, 0, 0]]
+    shown = evaluation.results["shown_thresholds"]
+    assert shown["region"]["threshold"] == 0.5 and "set by the user" in shown["region"]["how"]
+    assert shown["image"] == {
+        "threshold": None,
+        "how": "not available: no defective images",
+    }
+    evaluation = evaluate.evaluate(FixedPredictor(), [good])
+    assert evaluation.results["shown_thresholds"]["region"]["threshold"] is None
+    assert evaluation.images[1]["iou"] is None and not evaluation.regions.any()
+
+
+@pytest.mark.filterwarnings("error")
+def test_maps_that_are_not_finite_have_no_iou(small_batch):
+    class Predictor(FixedPredictor):
+        def __call__(self, images):
+            maps, scores = super().__call__(images)
+            maps[2, 0, 0] = np.nan
+            return maps, scores
+
+    evaluation = evaluate.evaluate(Predictor(), [small_batch], pixel_threshold=0.5)
+    assert evaluation.results["iou"] is None and evaluation.images[2]["iou"] is None
+    at_threshold = evaluation.results["thresholds"]["pixel"]
+    assert at_threshold["iou"] is None and "not finite" in at_threshold["not_available"]["iou"]
+
+
+def test_a_threshold_outside_of_all_scores_is_a_warning(small_batch, tmp_path, capsys):
+    def warnings(**thresholds):
+        results = evaluate.evaluate(FixedPredictor(), [small_batch], **thresholds).results
+        write_results(tmp_path, "bolt", results, config="{}", command="c")
+        printed = capsys.readouterr().err.splitlines()
+        assert printed == [f"warning: bolt: {line}" for line in results["warnings"]]
+        return results["warnings"]
+
+    assert warnings(image_threshold=0.5, pixel_threshold=0.0) == []
+    (low,) = warnings(image_threshold=-1.0)
+    assert low.startswith("the image threshold -1, set by the user")
+    assert low.endswith("outside of all image scores, 0 to 0.7843: every image counts as defective")
+    image, pixel = sorted(warnings(image_threshold=5.0, pixel_threshold=0.9))
+    assert "no image counts as defective" in image and "no pixel counts as defective" in pixel
+
+
+def test_legal_names_of_any_length_give_distinct_picture_names(small_batch, tmp_path):
+    stem = "é裂" * 50  # 250 bytes
+    small_batch["name"] = np.array([f"test/{stem}/{stem}{i}.png" for i in range(3)])
+    evaluation = evaluate.evaluate(FixedPredictor(), [small_batch])
+    for count in (0, 1, 2):
+        pictures.write_pictures(tmp_path / "pictures", evaluation, small_batch, count)
+    names = [path.name for path in (tmp_path / "pictures").iterdir()]
+    assert len(names) == 2 and all(len(name.encode()) <= 255 for name in names)
+    shortened = {pictures.picture_name("best_00", name) for name in small_batch["name"]}
+    assert len(shortened) == 3 and all(len(name.encode()) <= 255 for name in shortened)
+    # Names that are not UTF-8, as os.listdir returns them.
+    assert pictures.picture_name("best_00", "test/dent/\udcff.png") == "best_00_dent_\udcff.png"
+
+
+def test_pictures_that_cannot_be_written_leave_the_earlier_ones(small_batch, tmp_path):
+    evaluation = evaluate.evaluate(FixedPredictor(), [small_batch])
+    pictures.write_pictures(tmp_path / "pictures", evaluation, small_batch, 1)
+    before = sorted((tmp_path / "pictures").iterdir())
+    small_batch["name"] = np.array(["test/dent/nul\0.png"] * 3)
+    with pytest.raises((OSError, ValueError)):
+        pictures.write_pictures(
+            tmp_path / "pictures",
+            evaluate.evaluate(FixedPredictor(), [small_batch]),
+            small_batch,
+            1,
+        )
+    assert sorted((tmp_path / "pictures").iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
 
 
 def test_the_image_score_is_the_mean_of_the_highest_pixels():
@@ -218,7 +367,6 @@ class TopPredictor(FixedPredictor):
         return maps, np.asarray(predict.image_scores(jnp.asarray(maps), 0.25))
 
 
-OF_MAPS = {"maps_dir": "M", "image_size": (4, 4), "top_fraction": 0.25}
 OF_A_MODEL = ("params_sha256", "steps", "train_seconds", "parameters", "flops_per_image")
 
 
@@ -234,7 +382,7 @@ def test_external_maps_have_the_same_metrics_as_a_predictor(small_batch, native)
     assert [row["score"] for row in given.images] == [row["score"] for row in expected.images]
     assert given.curves == expected.curves
     differ = {k for k, v in expected.results.items() if given.results[k] != v}
-    assert differ == {*OF_A_MODEL, "thresholds"}
+    assert differ == {*OF_A_MODEL, "thresholds", "shown_thresholds"}
     assert all(given.results[key] is None for key in OF_A_MODEL)
     # With other scores and another range, rank metrics and pictures of the maps stay the same.
     scaled = evaluate.evaluate_maps(

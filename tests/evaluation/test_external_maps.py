@@ -58,6 +58,7 @@ def test_names_match_in_any_unicode_form(tmp_path):
     [
         (np.zeros((3, 4, 5)), r"has shape \[3, 4, 5\] and type float64; a map is numbers \[h, w\]"),
         (np.zeros(4), r"has shape \[4\]"),
+        (np.zeros((0, 0)), r"has shape \[0, 0\]"),
         (np.zeros((3, 4), complex), "type complex128"),
         (np.array([[1, np.nan], [np.inf, 0]]), "2 of 4 values are not finite"),
         (np.full((2, 2), 1e300), "4 of 4 values are not finite in float32"),

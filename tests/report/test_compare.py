@@ -1,6 +1,5 @@
 """Comparison of runs: from files to differences, and intervals that mean what they say."""
 
-import csv
 import json
 import subprocess
 import sys
@@ -10,13 +9,11 @@ import numpy as np
 import pytest
 
 from anoseg_jax.evaluation import evaluate, intervals, metrics, pixel_tables
-from anoseg_jax.evaluation.intervals import histograms
 from anoseg_jax.evaluation.metrics import METRICS
 from anoseg_jax.evaluation.results import (
+    Evaluation,
     ResultsError,
-    as_markdown,
     mean_of,
-    mean_over_seeds,
     write_evaluation,
     write_results,
 )
@@ -40,6 +37,10 @@ def scene(*, noise, n=24, size=(16, 20), seed=0):
 
 def eight_bits(maps):
     return np.round(255 * maps).astype(np.uint8)
+
+
+def histograms(maps, masks):
+    return np.stack([metrics.level_histograms(*pair) for pair in zip(maps, masks, strict=True)])
 
 
 def results_of(maps, masks, labels, has_mask=None):
@@ -70,13 +71,12 @@ def write_category(workdir, name, maps, masks, labels, *, names=None, has_mask=N
     path.write_text(json.dumps(everything))
     names = names or [f"test/{index:03d}.png" for index in range(len(maps))]
     known = np.ones(len(maps), bool) if has_mask is None else has_mask
-    with (folder / "images.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("name", "defect_type", "label", "score", "has_mask", "iou"))
-        for row in zip(names, labels, maps.mean(axis=(1, 2)).tolist(), known, strict=True):
-            kind = "dent" if row[1] else "good"
-            writer.writerow((row[0], kind, int(row[1]), row[2], row[3], ""))
-    np.savez_compressed(folder / "evaluation.npz", mask=masks, map=eight_bits(maps))
+    columns = ("name", "defect_type", "label", "score", "has_mask", "iou")
+    types, scores = np.where(labels, "dent", "good"), maps.mean(axis=(1, 2)).tolist()
+    rows = zip(names, types, labels.astype(int), scores, known, [None] * len(maps), strict=True)
+    images = [dict(zip(columns, row, strict=True)) for row in rows]
+    evaluation = Evaluation({}, images, eight_bits(maps), masks, {})
+    write_evaluation(folder, evaluation, {"image": masks, "mask": masks}, store_maps=False)
     return workdir
 
 
@@ -326,7 +326,7 @@ def test_images_without_a_mask_count_in_image_metrics_only(tmp_path):
 
 def test_files_that_do_not_fit_give_no_interval_and_no_exception(two_runs):
     first, second = two_runs
-    path = second / "screw" / "evaluation.npz"
+    path = second / "screw" / "histograms.npz"
     whole = path.read_bytes()
 
     def reason():
@@ -336,16 +336,19 @@ def test_files_that_do_not_fit_give_no_interval_and_no_exception(two_runs):
         assert screw["differences"]["B"]["iou"]["value"] is not None
         return value["reason"]
 
-    maps, masks, _ = scene(noise=0.1)
     for content in (whole[:100], b""):
         path.write_bytes(content)
-        assert "evaluation.npz" in reason()
-    np.savez(path, mask=masks, map=eight_bits(maps[1:]))
-    assert "evaluation.npz has 23 images and images.csv 24" in reason()
-    np.savez(path, mask=masks, map=eight_bits(scene(noise=0.4)[0]))
+        assert "histograms.npz cannot be read" in reason()
+    rows = second / "screw" / "images.csv"
+    path.write_bytes(whole)
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join(lines[:-1]))
+    assert "histograms.npz has 24 images and images.csv 23" in reason()
+    rows.write_text("\n".join(lines))
+    path.write_bytes((first / "screw" / "histograms.npz").read_bytes())
     assert "of another evaluation" in reason()
     path.unlink()
-    assert "evaluation.npz is not there" in reason()
+    assert "histograms.npz is not there. --mode=evaluate writes it." in reason()
 
 
 def test_maps_too_low_for_8_bits_give_no_interval(two_runs):
@@ -433,99 +436,12 @@ def test_what_is_written_is_the_comparison(two_runs, tmp_path):
 
 
 def test_it_needs_no_jax(two_runs):
-    """Blocked imports: a comparison runs where only the files are."""
+    """Blocked imports: comparisons and pages are made where only the files are."""
     program = (
         "import sys; sys.modules['jax'] = sys.modules['tensorflow'] = None\n"
-        "from anoseg_jax.report import compare\n"
+        "from anoseg_jax.report import compare, compare_page, pages\n"
         "print(compare.as_markdown(compare.compare(sys.argv[1:], bootstrap=5)))"
     )
     command = [sys.executable, "-c", program, *map(str, two_runs)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "## au_pro" in done.stdout
-
-
-# Several seeds as one.
-
-
-def seed_results(iou, *, auroc=0.5, sha="a", **more):
-    category = {name: auroc for name in METRICS} | {
-        "iou": iou,
-        "not_available": {} if iou is not None else {"iou": "broken"},
-        "test_images": 160,
-        "error_bounds": {"iou": 0.0},
-        "defect_types": {"dent": {"images": 3, "iou": iou, "not_available": {}}},
-        "params_sha256": sha,
-        "train_seconds": 2.0,
-        "note": sha,
-        **more,
-    }
-    categories = {"screw": category}
-    return {"categories": categories, "mean": mean_of(categories), "device": "cpu"}
-
-
-def test_mean_over_seeds_by_hand():
-    combined = mean_over_seeds({1: seed_results(0.4, sha="b"), 0: seed_results(0.2)})
-    screw = combined["categories"]["screw"]
-    assert screw["iou"] == pytest.approx(0.3)
-    assert screw["iou_std"] == pytest.approx(np.sqrt(2 * 0.1**2))
-    assert screw["image_auroc"] == 0.5 and screw["image_auroc_std"] == 0
-    assert screw["seeds"] == [0, 1] and screw["params_sha256"] == ["a", "b"]
-    assert screw["test_images"] == 160 and screw["note"] == ["a", "b"]
-    assert screw["error_bounds"] == {"iou": 0.0}
-    assert screw["defect_types"]["dent"]["images"] == 3
-    assert screw["defect_types"]["dent"]["iou"] == pytest.approx(0.3)
-    assert screw["not_available"] == {}
-    assert combined["seeds"] == [0, 1] and combined["device"] == "cpu"
-    assert combined["mean"]["iou"] == pytest.approx(0.3)
-    assert combined["mean"]["iou_std"] == screw["iou_std"]
-
-
-def test_mean_over_seeds_is_results_in_shape():
-    combined = mean_over_seeds({seed: seed_results(0.1 * seed) for seed in range(3)})
-    assert mean_of(combined["categories"]) == {m: combined["mean"][m] for m in METRICS}
-    assert "| screw | 0.5000 ± 0.0000 |" in as_markdown(combined)
-    assert "0.1000 ± 0.1000" in as_markdown(combined)
-    json.dumps(combined, allow_nan=False)
-
-
-def test_baselines_have_mean_and_spread_over_seeds():
-    by_seed = {}
-    for seed, iou in ((0, 0.2), (1, 0.4)):
-        by_seed[seed] = seed_results(0.3)
-        aurocs = dict.fromkeys(METRICS, 0.1) | {"iou": iou, "image_auroc": None}
-        aurocs["not_available"] = {"image_auroc": "no good images"}
-        by_seed[seed]["categories"]["screw"]["baselines"] = {"z_score": aurocs}
-    both = mean_over_seeds(by_seed)
-    z_score = both["categories"]["screw"]["baselines"]["z_score"]
-    assert z_score["iou"] == pytest.approx(0.3) and z_score["image_auroc"] is None
-    assert z_score["not_available"]["image_auroc"] == "no good images"
-    assert "| z_score | - | 0.1000 ± 0.0000 |" in as_markdown(both)
-
-
-def test_one_seed_has_no_spread():
-    combined = mean_over_seeds({7: seed_results(0.2)})
-    screw = combined["categories"]["screw"]
-    assert screw["iou"] == 0.2 and screw["iou_std"] is None
-    assert screw["not_available"]["iou_std"] == "one seed"
-    assert combined["mean"]["iou_std"] is None and screw["params_sha256"] == ["a"]
-
-
-def test_a_metric_that_one_seed_lacks_has_no_mean():
-    combined = mean_over_seeds({0: seed_results(0.2), 3: seed_results(None)})
-    screw = combined["categories"]["screw"]
-    assert screw["iou"] is None and screw["iou_std"] is None
-    assert screw["not_available"] == {"iou": "seed 3: broken", "iou_std": "seed 3: broken"}
-    assert combined["mean"]["iou"] is None and combined["mean"]["iou_std"] is None
-    assert "- screw: iou: seed 3: broken" in as_markdown(combined)
-    both = mean_over_seeds({0: seed_results(None), 3: seed_results(None)})
-    assert both["categories"]["screw"]["not_available"]["iou"] == "broken"
-
-
-def test_a_category_that_one_seed_lacks_names_the_others():
-    more = seed_results(0.4)
-    more["categories"]["tile"] = seed_results(0.6)["categories"]["screw"]
-    more["mean"] = mean_of(more["categories"])
-    combined = mean_over_seeds({0: more, 1: seed_results(0.2)})
-    assert combined["categories"]["tile"]["seeds"] == [0]
-    assert combined["mean"]["iou"] == pytest.approx(0.45)
-    assert combined["mean"]["iou_std"] is None  # the seeds' means are over other categories

@@ -12,7 +12,7 @@ import pytest
 
 from anoseg_jax.evaluation.metrics import METRICS
 from anoseg_jax.evaluation.results import ResultsError, mean_of
-from anoseg_jax.report import pages, panels, plots, verdicts
+from anoseg_jax.report import pages, plots
 
 NUT, WEAVE = "nüt <b>#1 %20", "weave"
 CRACK = "<b>riß</b> $x$ 裂"
@@ -42,11 +42,15 @@ def metrics(value, reasons):
     return numbers | {"not_available": reasons}
 
 
-def thresholds(pixel=None, image=None):
-    how = "the 0.99 quantile of 20 held-out good images"
+def thresholds(image, region):
+    """Returns the entries of results.json: no threshold from good images, those of the test set."""
+    how = "none: too few good images"
     return {
-        "pixel": {"threshold": pixel, "how": how, "images": 20},
-        "image": {"threshold": image, "how": how, "false_positive_rate": 0.01},
+        "thresholds": {kind: {"threshold": None, "how": how} for kind in ("pixel", "image")},
+        "shown_thresholds": {
+            "image": {"threshold": image, "how": "best F1 <of> the test images"},
+            "region": {"threshold": region, "level": region, "how": "best IoU"},
+        },
     }
 
 
@@ -66,6 +70,7 @@ def write_files(workdir):
     maps[:, 4:8, 4:8] = 255
     arrays = {"image": np.full((8, 16, 24, 3), 90, np.uint8), "mask": maps > 0, "map": maps}
     arrays["mask"][:3] = False
+    arrays["region"] = maps > 0
     np.savez_compressed(nut / "evaluation.npz", **arrays)
     write_csv(nut / "images.csv", IMAGES, has_mask=True)
     line = {"x": [0.0, 0.2, 1.0], "y": [0.0, 0.7, 1.0]}
@@ -74,6 +79,8 @@ def write_files(workdir):
         "pr": ("recall", "precision"),
         "pro": ("false_positive_rate", "overlap"),
         "iou": ("threshold", "iou"),
+        "image_roc": ("false_positive_rate", "true_positive_rate"),
+        "image_pr": ("recall", "precision"),
     }
     curves = {name: {x: line["x"], y: line["y"]} for name, (x, y) in axes.items()}
     (nut / "curves.json").write_text(json.dumps(curves))
@@ -85,9 +92,8 @@ def write_files(workdir):
     write_csv(weave / "images.csv", [("good/0.png", "good", 0, 0.5, None)], has_mask=False)
     (weave / "curves.json").write_text("{}")
     both = {"params_sha256": "cafe", "train_seconds": 75.0, "steps": 3, "test_images": 8}
-    both["thresholds"] = thresholds()
     of_nut = metrics(0.75, {}) | both
-    of_nut |= {"image_f1_max_threshold": 0.5, "iou_threshold": 0.6, "test_images": 8}
+    of_nut |= thresholds(image=0.5, region=0.6)
     of_nut["defect_types"] = {
         "dent": {"images": 3} | metrics(0.5, {}),
         CRACK: {"images": 2} | metrics(0.5, {"au_pro": "no masks of <this> type"}),
@@ -95,7 +101,7 @@ def write_files(workdir):
     pixel = {name: "no masks" for name in METRICS if name != "image_auroc"}
     image = dict.fromkeys(("image_auroc", "image_ap", "image_f1_max"), "no defective images")
     of_weave = metrics(0.25, pixel | image | {"au_pro_0.05": "no masks"}) | both
-    of_weave |= {"image_f1_max_threshold": None, "iou_threshold": None, "defect_types": {}}
+    of_weave |= thresholds(image=None, region=None) | {"defect_types": {}}
     categories = {NUT: of_nut, WEAVE: of_weave}
     results = {
         "categories": categories,
@@ -251,7 +257,9 @@ def test_equal_files_make_equal_pages(workdir, copy):
 
 
 def test_sections_say_which_file_is_missing_or_damaged(written_pages, copy):
-    assert "No pictures: evaluation.npz is not there." in written_pages[WEAVE].text
+    how = "No pictures: evaluation.npz is not there. --mode=evaluate writes it. Of variants and"
+    assert how in written_pages[WEAVE].text
+    assert "with --config.evaluate.store_all_maps=True" in written_pages[WEAVE].text
     assert "No training curves: train_log.jsonl is not there." in written_pages[WEAVE].text
     assert "No options: config.json is not there." in written_pages[WEAVE].text
     (copy / NUT / "evaluation.npz").write_bytes(b"PK damaged")
@@ -267,6 +275,22 @@ def test_sections_say_which_file_is_missing_or_damaged(written_pages, copy):
 
 
 @pytest.mark.usefixtures("no_plots")
+def test_files_of_another_version_give_a_page_that_says_what_to_do(copy):
+    path = copy / "results.json"
+    results = json.loads(path.read_text())
+    for category in results["categories"].values():
+        del category["shown_thresholds"], category["thresholds"]
+    path.write_text(json.dumps(results))
+    with np.load(copy / NUT / "evaluation.npz") as arrays:
+        old = {name: arrays[name] for name in ("image", "mask", "map")}
+    np.savez(copy / NUT / "evaluation.npz", **old)
+    pages.write_run(copy)
+    text = Page(copy / NUT / "report.html").text
+    assert "evaluation.npz cannot be read" in text and "--mode=evaluate writes it" in text
+    assert "No verdict 8" in text
+
+
+@pytest.mark.usefixtures("no_plots")
 def test_images_and_pictures_of_different_evaluations_are_not_mixed(copy):
     write_csv(copy / NUT / "images.csv", IMAGES[:3], has_mask=True)
     pages.write_run(copy)
@@ -277,8 +301,8 @@ def test_images_and_pictures_of_different_evaluations_are_not_mixed(copy):
 
 def test_no_test_images_at_all_is_a_page(copy):
     write_csv(copy / NUT / "images.csv", (), has_mask=True)
-    empty = {"image": np.zeros((0, 4, 4, 3), np.uint8), "mask": np.zeros((0, 4, 4), bool)}
-    np.savez(copy / NUT / "evaluation.npz", map=np.zeros((0, 4, 4), np.uint8), **empty)
+    empty = {name: np.zeros((0, 4, 4), np.uint8) for name in ("image", "mask", "map", "region")}
+    np.savez(copy / NUT / "evaluation.npz", **empty)
     pages.write_run(copy)
     assert "There are no test images." in Page(copy / NUT / "report.html").text
 
@@ -286,8 +310,7 @@ def test_no_test_images_at_all_is_a_page(copy):
 @pytest.mark.usefixtures("no_plots")
 def test_without_a_threshold_nothing_counts_as_missed_or_found(written_pages, copy):
     assert "Missed" not in written_pages[WEAVE].text and "No verdict 1" in written_pages[WEAVE].text
-    missing = {"image_f1_max": "no good images"}
-    change_results(copy, NUT, image_f1_max_threshold=None, not_available=missing)
+    change_results(copy, NUT, **thresholds(image=None, region=0.6))
     pages.write_run(copy)
     page = Page(copy / NUT / "report.html")
     cards = page.all("li", **{"class": "card"})
@@ -305,20 +328,33 @@ def test_scores_that_are_not_finite_get_no_verdict(copy):
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_thresholds_made_without_the_test_set_decide_where_they_are_recorded(copy):
-    recorded = thresholds(pixel=0.9, image=0.15)
-    how = recorded["image"]["how"]
-    before = Page(copy / NUT / "report.html").text
-    assert "best F1 on these test images themselves" in before and "0.6" in before
-    change_results(copy, NUT, thresholds=recorded)
+def test_recorded_thresholds_decide_and_say_how_they_were_made(copy):
+    how = "the 0.99 quantile of 20 held-out good images"
+    entries = thresholds(image=0.15, region=0.9)
+    entries["shown_thresholds"]["image"]["how"] = how
+    for kind in ("image", "pixel"):
+        entries["thresholds"][kind] = {"threshold": 0.15, "how": how, "false_positive_rate": 0.01}
+    change_results(copy, NUT, **entries, warnings=["the image threshold is <odd>"])
     pages.write_run(copy)
     page = Page(copy / NUT / "report.html")
-    assert how in page.text and "test images themselves" not in page.text
-    assert "false positive rate: 0.01" in page.text and "map at or above 0.9" in page.text
+    assert page.text.count(how) == 2 and "best F1" not in page.text
+    assert "false positive rate: 0.01" in page.text and "map at or above 0.9, best IoU" in page.text
+    assert "Warning: the image threshold is <odd>." in page.text
     cards = {a["data-name"]: a["data-verdict"] for a in page.all("li", **{"class": "card"})}
     assert cards["dent/0.png"] == "found" and cards["good/2 & ü.png"] == "false_alarm"
-    # Measured again at 0.9, where the maps are exact.
-    assert "dent · score 0.200 · IoU 1.000" in page.text
+    # As images.csv has it, which is measured at the threshold of the region.
+    assert "dent · score 0.200 · IoU 0.100" in page.text
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_page_that_cannot_be_written_costs_no_other(copy):
+    page = copy / NUT / "report.html"
+    page.unlink()
+    page.mkdir()
+    (copy / WEAVE / "report.html").unlink()
+    with pytest.raises(ResultsError, match=f"^{re.escape(NUT)}: its report.html cannot be wr"):
+        pages.write_run(copy)
+    assert (copy / WEAVE / "report.html").exists()
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -340,14 +376,16 @@ def test_the_model_is_marked_where_a_baseline_is_better(copy):
 def test_maps_of_another_method_have_a_page_without_a_model(copy):
     nothing = ("params_sha256", "steps", "train_seconds", "parameters", "flops_per_image")
     scale = {"scores": [-3.0, 40.0], "levels": [0.0, 1.0]}
+    entries = thresholds(image=0.5, region=18.5)
+    entries["shown_thresholds"]["region"]["level"] = 0.5
     change_results(
-        copy, NUT, **dict.fromkeys(nothing), maps_dir="<maps>", map_scale=scale, iou_threshold=18.5
+        copy, NUT, **dict.fromkeys(nothing), maps_dir="<maps>", map_scale=scale, **entries
     )
     pages.write_run(copy)
     page = Page(copy / NUT / "report.html")
     assert "of another method, from <maps>" in page.text
     assert "Scores from -3 to 40 are shown from 0 to 1" in page.text
-    assert "map at or above 0.5" in page.text and "18.5" in page.text
+    assert "map at or above 18.5" in page.text and 'style="left:50.0%"' in page.source
     assert not re.search(r"\b(None|nan|Undefined)\b", page.text)
 
 
@@ -357,7 +395,8 @@ def test_a_large_gallery_stays_small(copy):
     count = 40
     noise = rng.integers(0, 256, (count, 64, 64, 3), np.uint8)
     masks = np.zeros((count, 64, 64), bool)
-    np.savez(copy / NUT / "evaluation.npz", image=noise, mask=masks, map=noise[..., 0])
+    arrays = {"image": noise, "mask": masks, "map": noise[..., 0], "region": masks}
+    np.savez(copy / NUT / "evaluation.npz", **arrays)
     rows = [(f"good/{i:03}.png", "good", 0, i / count, None) for i in range(count)]
     write_csv(copy / NUT / "images.csv", rows, has_mask=True)
     pages.write_run(copy, max_cards=30, max_bytes=400_000)
@@ -366,18 +405,6 @@ def test_a_large_gallery_stays_small(copy):
     assert len(cards) == 30 and cards[0]["data-name"] == "good/039.png"
     assert "the 30 worst of 40 images" in page.text
     assert sum(len(a["src"]) for a in page.all("img", loading="lazy")) < 400_000
-
-
-def test_a_single_pixel_survives_being_made_small():
-    region = np.zeros((1000, 700), bool)
-    region[333, 77] = True
-    assert panels.cover(region, (70, 100)).sum() == 1
-    assert not panels.cover(~np.ones_like(region), (70, 100)).any()
-
-
-@pytest.mark.parametrize(("threshold", "level"), [(0.0, 0), (1e-4, 1), (0.399, 102), (1.0, 255)])
-def test_thresholds_are_rounded_as_maps_are(threshold, level):
-    assert verdicts.level_of(threshold) == level
 
 
 def test_errors_are_one_line_that_names_the_file(tmp_path, copy):
