@@ -1,4 +1,9 @@
-"""AnoSeg in JAX/Flax: learns to draw anomaly maps from good parts alone."""
+"""AnoSeg in JAX/Flax: learns to draw anomaly maps from good parts alone.
+
+`anoseg_jax.fit` trains a model, `anoseg_jax.Predictor` loads one; both are in `anoseg_jax.api`.
+"""
+
+from typing import Any
 
 
 class UsageError(ValueError):
@@ -8,3 +13,12 @@ class UsageError(ValueError):
 def first_line(error: BaseException) -> str:
     """Returns the first line of what an error says, or its kind if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `Predictor` and `fit` when they are asked for: JAX takes a second."""
+    if name in ("Predictor", "fit"):
+        from anoseg_jax import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -155,9 +155,9 @@ def serve() -> int:
 
 def _load_predictor() -> Any:
     """Returns the model in --workdir with the thresholds of the flags."""
-    from anoseg_jax.deploy import photo_predictor
+    from anoseg_jax.deploy import predictor
 
-    return photo_predictor.Predictor(
+    return predictor.Predictor(
         FLAGS.workdir,
         category=FLAGS.category,
         image_threshold=FLAGS.image_threshold,

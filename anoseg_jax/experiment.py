@@ -20,7 +20,7 @@ from etils.epath import Path
 from ml_collections import ConfigDict
 
 from anoseg_jax import UsageError, first_line, options
-from anoseg_jax.deploy.predictor import Predictor
+from anoseg_jax.deploy.trained_model import TrainedModel
 from anoseg_jax.evaluation import evaluate, external_maps, results
 from anoseg_jax.images import batches, input_pipeline
 from anoseg_jax.interop import replay
@@ -96,7 +96,7 @@ def run_category(
     if config.maps_dir:
         trained_with = {key: config[key] for key in ("image_size", "held_out", "seed")}
     else:
-        predictor = Predictor(
+        predictor = TrainedModel(
             model,
             top_fraction=settings.top_fraction,
             batch_size=settings.batch_size,

@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from anoseg_jax import options  # noqa: E402
-from anoseg_jax.deploy.predictor import Predictor  # noqa: E402
+from anoseg_jax.deploy.trained_model import TrainedModel  # noqa: E402
 from anoseg_jax.evaluation import baselines
 from anoseg_jax.images import (
     batches,  # noqa: E402
@@ -46,7 +46,7 @@ def main(_):
     )
     for category, of_category in splits.items():
         config = options.of_category(CONFIG.value, category)
-        predictor = Predictor(Path(WORKDIR.value) / category)
+        predictor = TrainedModel(Path(WORKDIR.value) / category)
         images = input_pipeline.load_arrays(of_category.train, config.image_size)["image"]
         kept, held_out = batches.hold_out(
             batches.assign_image_ids(images), fraction=config.held_out, seed=config.seed

@@ -23,8 +23,8 @@ from jax import Array
 
 from anoseg_jax import UsageError
 from anoseg_jax.deploy import exported_predict
-from anoseg_jax.deploy.photo_predictor import Predictor
-from anoseg_jax.method import memory_bank, models, predict
+from anoseg_jax.deploy.predictor import Predictor
+from anoseg_jax.method import models, predict
 from anoseg_jax.running import checkpoint, progress
 from anoseg_jax.running.files import write_bytes, write_text
 
@@ -46,8 +46,7 @@ def export_fn(folder: Path) -> ExportFn:
     """
     saved = checkpoint.restore_newest(folder / "checkpoints")
     config = saved.config | {"model": saved.config["model"] | {"dtype": "float32"}}
-    bank = memory_bank.from_dicts(saved.state["memory_bank"])
-    variables = {"params": saved.state["ema"], "memory_bank": bank}
+    variables = predict.variables_of(saved.state)
     generator, _ = models.create(config["model"], config["loss"])
     how = {"generator": generator, "options": predict.bank_options(config["memory_bank"])}
     top_fraction = config["evaluate"]["top_fraction"]
@@ -243,7 +242,7 @@ def describe(predictor: Predictor) -> dict[str, Any]:
             "maps": "float32 [b, h, w] from 0 to 1, 1 is anomalous",
             "scores": "float32 [b] from 0 up; score / (score + thresholds.image) is from 0 to 1",
         },
-        "bit_depth": config.get("bit_depth"),
+        "bit_depth": predictor.reading.bit_depth,
         "image_score": config["evaluate"]["image_score"],
         "thresholds": predictor.thresholds._asdict(),
         "threshold_sources": predictor.threshold_sources,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from etils import epath
 
 from anoseg_jax import UsageError
-from anoseg_jax.images.layout import IMAGE_SUFFIXES
+from anoseg_jax.images.folders import IMAGE_SUFFIXES, SIDE_SUFFIXES, entries, identity, is_image
 
 POLL_SECONDS = 1.0
 
@@ -18,12 +18,14 @@ class Photographs:
     Attributes:
       arguments: files, folders (searched with all folders in them) and glob patterns.
       exclude: a folder that is left out wherever it is, such as that of the results; or None.
+      skipped: files in the folders that are no images, as `list` saw them last.
     """
 
     def __init__(self, arguments: Iterable[str], exclude: epath.PathLike | None = None):
         """Raises UsageError if an argument that is no pattern names nothing."""
         self.arguments = list(arguments)
-        self.exclude = None if exclude is None else os.path.realpath(exclude)
+        self.exclude = None if exclude is None else identity(epath.Path(exclude))
+        self.skipped: list[epath.Path] = []
         roots = [_absolute(self._root_of(argument)).parts for argument in self.arguments]
         self._root = os.path.commonprefix(roots)  # of parts, not of characters
 
@@ -45,9 +47,11 @@ class Photographs:
     def list(self) -> list[str]:
         """Returns the paths of all images, each once.
 
-        Files in folders count if they have an image's suffix; files that an argument names always.
+        Files in folders count if they are images (`folders.is_image`), and are in `skipped` if not;
+        files that an argument names count always.
         """
         paths: dict[str, None] = {}
+        self.skipped = []
         for argument in self.arguments:
             path = epath.Path(argument)
             fixed, pattern = _split_pattern(path)
@@ -61,19 +65,17 @@ class Photographs:
         waiting, listed = [folder], set()
         while waiting:
             current = waiting.pop()
-            real = os.path.realpath(current)
-            if real in listed or real == self.exclude:  # links may lead round in circles
+            here = identity(current)
+            if here in listed or here == self.exclude:  # links may lead round in circles
                 continue
-            listed.add(real)
-            inner = []
-            for path in sorted(current.iterdir()):
-                if path.name.startswith("."):
-                    continue
-                if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
+            listed.add(here)
+            folders, files = entries(current)
+            for path in files:
+                if is_image(path):
                     yield path
-                elif path.is_dir():
-                    inner.append(path)
-            waiting += reversed(inner)
+                elif path.suffix.lower() not in SIDE_SUFFIXES:
+                    self.skipped.append(path)
+            waiting += reversed(folders)
 
     def watch(self, skip: set[str]) -> Iterator[str | None]:
         """Yields images as they arrive, without end; None when nothing is new at the moment.
@@ -87,7 +89,9 @@ class Photographs:
         done = {path: _size_and_time(path) for path in skip}
         before: dict[str, tuple[int, int] | None] = {}
         while True:
-            now = {path: _size_and_time(path) for path in self.list()}
+            # Programs that copy give a file its suffix at the end.
+            images = [path for path in self.list() if _suffix(path) in IMAGE_SUFFIXES]
+            now = {path: _size_and_time(path) for path in images}
             for path, stat in now.items():
                 if stat is not None and before.get(path) == stat != done.get(path):
                     done[path] = stat
@@ -115,3 +119,7 @@ def _size_and_time(path: str) -> tuple[int, int] | None:
     except OSError:  # removed in the meantime
         return None
     return stat.st_size, stat.st_mtime_ns
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()

@@ -22,11 +22,12 @@ from PIL import Image
 
 from anoseg_jax import UsageError
 from anoseg_jax.deploy import drawing
-from anoseg_jax.deploy.photo_predictor import Predictor
 from anoseg_jax.deploy.photographs import Photographs
 from anoseg_jax.deploy.prediction import UNREADABLE, Prediction, Unreadable
 from anoseg_jax.deploy.predictions_page import MAX_REASONS, Card, Summary, draw_panels, write_page
-from anoseg_jax.images.decode import LayoutError, read_image
+from anoseg_jax.deploy.predictor import Predictor, Reading, decode
+from anoseg_jax.images.decode import LayoutError, printable
+from anoseg_jax.images.folders import names_of
 
 COLUMNS = (
     *("file", "score", "normalized_score", "threshold", "verdict"),
@@ -48,9 +49,11 @@ class Drawn(NamedTuple):
 class Writer:
     """Writes the files of one photograph; called from several threads."""
 
-    def __init__(self, out: Path, photographs: Photographs, summary: Summary, maps: str):
+    def __init__(
+        self, out: Path, photographs: Photographs, reading: Reading, summary: Summary, maps: str
+    ):
         """Begins; `maps` says which photographs get a map and an overlay: all, defective, none."""
-        self._out, self._photographs = out, photographs
+        self._out, self._photographs, self._reading = out, photographs, reading
         self._summary, self._maps = summary, maps
         self._one_huge = threading.Lock()
 
@@ -106,18 +109,13 @@ class Writer:
     def _read(self, prediction: Prediction) -> np.ndarray:
         """Reads the photograph again: to keep all that wait for their turn would take memory."""
         try:
-            image = read_image(Path(prediction.name))
+            image = decode(prediction.name, self._reading)
         except LayoutError:  # removed or rewritten in the meantime
             image = None
         if image is None or image.shape[:2] != prediction.size:
             size = prediction.size[::-1]
             image = np.asarray(Image.fromarray(prediction.image).resize(size))
         return image
-
-
-def printable(path: str) -> str:
-    """Returns a path as text that can be stored: bytes that are not UTF-8 become `\\xbb`."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def short_name(name: str) -> str:
@@ -156,10 +154,10 @@ def rows(
             if isinstance(outcome, Unreadable):
                 summary.counts[UNREADABLE] += 1
                 name = printable(outcome.name)
-                reason = outcome.reason.removeprefix(f"{outcome.name}: ")
+                reason = outcome.reason.removeprefix(f"{name}: ")
                 if len(summary.reasons) < MAX_REASONS:
-                    summary.reasons.append((name, printable(reason)))
-                return {"file": name, "verdict": UNREADABLE, "error": printable(reason)}
+                    summary.reasons.append((name, reason))
+                return {"file": name, "verdict": UNREADABLE, "error": reason}
             drawn = outcome.result()
             summary.counts[drawn.row["verdict"]] += 1
             summary.scores.append(float(drawn.row["score"]))
@@ -219,13 +217,17 @@ def predict(
             print(f"no {name} threshold, so {missing}: {source}")
         else:
             print(f"{name} threshold {value:.4g}: {source}")
+    if photographs.skipped:
+        count, names = len(photographs.skipped), printable(names_of(photographs.skipped))
+        print(f"warning: skipped {count} files that are no images: {names}", file=sys.stderr)
     known = read_files(table_path) if follow else set()
     skip = {path for path in paths if printable(path) in known}
     source = photographs.watch(skip) if follow else paths
     total = None if follow else len(paths)
     with table_path.open("a" if known else "w") as table, interruptible() as is_stopped:
         to_read = itertools.takewhile(lambda _: not is_stopped(), source)
-        made = rows(predictor, to_read, Writer(out, photographs, summary, maps), summary)
+        writer = Writer(out, photographs, predictor.reading, summary, maps)
+        made = rows(predictor, to_read, writer, summary)
         _write_rows(
             made,
             table,

@@ -21,10 +21,10 @@ from PIL import Image
 
 from anoseg_jax.deploy import drawing
 from anoseg_jax.deploy.export import describe
-from anoseg_jax.deploy.photo_predictor import Loaded, Predictor
 from anoseg_jax.deploy.prediction import Prediction
 from anoseg_jax.deploy.predictions import MAX_REGIONS
 from anoseg_jax.deploy.predictions_page import render
+from anoseg_jax.deploy.predictor import Loaded, Predictor
 from anoseg_jax.images.decode import LayoutError
 
 MAPS = ("none", "small", "full")
@@ -150,18 +150,18 @@ class Service:
         return bytes(body)
 
     def _load(self, data: bytes) -> Loaded:
+        width = height = 0
         with contextlib.suppress(Exception):  # load says what is wrong with it
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
-            if width * height > self._limits.megapixels * 1e6:
-                limit = f"{self._limits.megapixels:g} megapixels"
-                raise Refused(413, f"the image has {width}x{height} pixels, more than {limit}")
+        if width * height > self._limits.megapixels * 1e6:
+            limit = f"{self._limits.megapixels:g} megapixels"
+            raise Refused(413, f"the image has {width}x{height} pixels, more than {limit}")
         try:
             return self._predictor.load(data)
         except LayoutError as error:
             line = str(error).splitlines()[0]
-            status = 413 if "megapixels" in line else 400
-            raise Refused(status, line.replace("the image: ", "the image ")) from None
+            raise Refused(400, line.replace("the image: ", "the image ")) from None
 
 
 def as_json(prediction: Prediction, wanted: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def evaluate(
     """Predicts the anomaly maps of all test images and computes their metrics.
 
     Args:
-      predictor: the trained generator, a `deploy.predictor.Predictor`.
+      predictor: the trained generator, a `deploy.trained_model.TrainedModel`.
       batches: test images, in order.
       detector: the image-level detector, if its scores are wanted in addition to the maps' scores.
       **options: of `measure`: masks, thresholds and which image score.

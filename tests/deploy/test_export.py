@@ -14,7 +14,7 @@ from part_images import draw_part
 from PIL import Image
 
 from anoseg_jax.deploy import export, exported_predict
-from anoseg_jax.deploy.photo_predictor import Predictor
+from anoseg_jax.deploy.predictor import Predictor
 from anoseg_jax.method import detector, train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,9 +14,9 @@ import pytest
 from part_images import draw_part
 from PIL import Image
 
-from anoseg_jax.deploy.photo_predictor import Predictor
 from anoseg_jax.deploy.photographs import Photographs
 from anoseg_jax.deploy.predictions import predict
+from anoseg_jax.deploy.predictor import Predictor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,9 +42,10 @@ def predictor(workdir):
 def test_one_command_writes_table_maps_overlays_and_page(workdir, photographs, tmp_path):
     (photographs / "monday" / "broken.png").write_bytes(b"no image")
     (photographs / "notes.txt").write_text("no image either")
+    (photographs / "camera.raw").write_bytes(b"no image")
     out, blocked = tmp_path / "out", tmp_path / "blocked"
     blocked.mkdir()
-    for name in ("tensorflow", "sklearn", "matplotlib"):
+    for name in ("tensorflow", "sklearn", "matplotlib", "clu", "optax"):
         (blocked / f"{name}.py").write_text(f"raise ImportError('{name} is blocked')")
     done = subprocess.run(
         command(f"--workdir={workdir}", f"--out={out}", "--pixel_threshold=0.01", photographs),
@@ -55,6 +56,7 @@ def test_one_command_writes_table_maps_overlays_and_page(workdir, photographs, t
     )
     assert done.returncode == 1, done.stderr
     assert "6 of 6 images" in done.stdout and "1 unreadable" in done.stdout
+    assert "skipped 1 files that are no images: camera.raw" in done.stderr
     rows = read_rows(out)
     assert len(rows) == 6
     broken = rows.pop(str(photographs / "monday" / "broken.png"))

@@ -19,7 +19,7 @@ import pytest
 from part_images import draw_part
 from PIL import Image
 
-from anoseg_jax.deploy.photo_predictor import Predictor
+from anoseg_jax.deploy.predictor import Predictor
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
@@ -128,7 +128,7 @@ def bomb():
         (b"hello", 400, "is not an image"),
         (b"/etc/passwd", 400, "is not an image"),
         (encode(draw_part(0))[:200], 400, "damaged or cut short"),
-        (bomb(), 413, "megapixels"),
+        (bomb(), 413, "60000x60000 pixels, more than 1 megapixels"),
         (bytes(2_000_000), 413, "more than 1 MB"),
     ],
 )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_config
 
-from anoseg_jax.deploy.predictor import Predictor
+from anoseg_jax.deploy.trained_model import TrainedModel
 from anoseg_jax.interop import torch_weights
 from anoseg_jax.method import detector, predict, train_state
 from anoseg_jax.running import checkpoint
@@ -123,7 +123,7 @@ def test_a_file_becomes_a_checkpoint_that_predicts_and_the_same_file_again(case,
     bank = params["generator"].pop("memory_bank", None)
     variables = predict.variables_of({"ema": params["generator"], "memory_bank": bank})
     sha256 = checkpoint.arrays_sha256(variables)
-    predictor = Predictor(tmp_path / "run")
+    predictor = TrainedModel(tmp_path / "run")
     assert predictor.weights_sha256 == sha256
     assert predictor.step == 5
 
@@ -133,7 +133,7 @@ def test_a_file_becomes_a_checkpoint_that_predicts_and_the_same_file_again(case,
         file = tmp_path / "detector.safetensors"
         write(file, detector_params, record=record)
         assert there_and_back(file, tmp_path / "run" / "detector")["step"] == 0
-        predictor = Predictor(tmp_path / "run", detector=True)
+        predictor = TrainedModel(tmp_path / "run", detector=True)
         expected = checkpoint.arrays_sha256(detector_params["detector"])
         assert predictor.detector.weights_sha256 == expected
 

@@ -11,7 +11,7 @@ import pytest
 import tiny_config
 from killed import Killed, killed_after
 
-from anoseg_jax.deploy.predictor import Predictor
+from anoseg_jax.deploy.trained_model import TrainedModel
 from anoseg_jax.evaluation import evaluate
 from anoseg_jax.evaluation.results import write_evaluation, write_results
 from anoseg_jax.images import batches
@@ -50,7 +50,7 @@ def trained(generator):
 
 @pytest.fixture(scope="module")
 def predictor(generator, trained):
-    return Predictor(generator[0], batch_size=4, detector=True)
+    return TrainedModel(generator[0], batch_size=4, detector=True)
 
 
 def log_lines(folder):
@@ -126,7 +126,7 @@ def test_a_resumed_detector_equals_an_uninterrupted_one_to_the_bit(generator, tr
 
 
 def test_a_predictor_of_what_fit_returned_equals_that_of_the_folder(generator, trained, predictor):
-    other = Predictor(generator[1], batch_size=4, detector=trained)
+    other = TrainedModel(generator[1], batch_size=4, detector=trained)
     for name in ("weights_sha256", "record", "config", "step"):
         assert getattr(other.detector, name) == getattr(predictor.detector, name)
     maps, _ = predictor(IMAGES)
@@ -181,12 +181,12 @@ def test_another_generator_is_refused_in_one_line(generator, trained, tmp_path, 
         checkpoint.save(manager, state, step, config=config, record=record)
     for use in (
         lambda: detector.fit(make_config(), IMAGES, tmp_path),
-        lambda: Predictor(tmp_path, detector=True),
+        lambda: TrainedModel(tmp_path, detector=True),
     ):
         with pytest.raises(detector.DetectorError, match="remove that folder") as caught:
             use()
         assert "\n" not in str(caught.value)
-    Predictor(tmp_path)
+    TrainedModel(tmp_path)
 
 
 def test_other_options_of_the_detector_are_refused(generator, trained):

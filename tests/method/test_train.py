@@ -19,7 +19,7 @@ import tiny_config
 from flax.serialization import from_state_dict
 from killed import Killed, killed_after
 
-from anoseg_jax.deploy.predictor import Predictor
+from anoseg_jax.deploy.trained_model import TrainedModel
 from anoseg_jax.images import batches
 from anoseg_jax.method import memory_bank, train, train_state
 from anoseg_jax.running import checkpoint, loop
@@ -283,7 +283,7 @@ from anoseg_jax import options
 
 options.check(test_train.make_config(), training=True)
 counts = test_train.fit_two_categories(Path(sys.argv[1]))
-maps, _ = test_train.Predictor(Path(sys.argv[1]) / "b")(test_train.IMAGES)
+maps, _ = test_train.TrainedModel(Path(sys.argv[1]) / "b")(test_train.IMAGES)
 assert maps.shape == (8, 32, 32)
 assert not [name for name in sys.modules if name.split(".")[0].startswith("tensorflow")]
 print(json.dumps(counts))
@@ -305,7 +305,7 @@ def test_two_categories_compile_the_step_once_also_after_resuming(tmp_path, devi
 
 def test_a_predictor_of_what_fit_returned_equals_that_of_the_folder(trained):
     folder, saved = trained
-    of_folder, of_saved = Predictor(folder), Predictor(saved)
+    of_folder, of_saved = TrainedModel(folder), TrainedModel(saved)
     for name in ("weights_sha256", "record", "config", "step", "image_size", "batch_size"):
         assert getattr(of_folder, name) == getattr(of_saved, name)
     for one, other in zip(of_folder(IMAGES), of_saved(IMAGES), strict=True):
@@ -313,7 +313,7 @@ def test_a_predictor_of_what_fit_returned_equals_that_of_the_folder(trained):
 
 
 def test_a_predictor_pads_the_last_batch_and_refuses_other_images(trained):
-    predictor = Predictor(trained[1])
+    predictor = TrainedModel(trained[1])
     maps, scores = predictor(IMAGES[:5])
     assert maps.shape == (5, 32, 32) and scores.shape == (5,)
     assert 0 <= maps.min() and maps.max() <= 1 and scores.min() >= 0
@@ -325,20 +325,20 @@ def test_a_predictor_pads_the_last_batch_and_refuses_other_images(trained):
     with pytest.raises(ValueError, match=r"uint8 \[b, 32, 32, 3\].*float64 \[1, 32, 32, 3\]"):
         predictor(np.zeros((1, 32, 32, 3)))
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
-        Predictor(trained[0] / "other")
+        TrainedModel(trained[0] / "other")
 
 
 def test_the_hash_of_a_predictors_weights_covers_average_and_memory_bank(trained):
-    hashes = {Predictor(trained[1]).weights_sha256}
+    hashes = {TrainedModel(trained[1]).weights_sha256}
     for name in ("ema", "memory_bank", "discriminator"):
         state = jax.tree.map(np.copy, trained[1].state)
         jax.tree.leaves(state[name])[0][...] += 1
-        hashes.add(Predictor(trained[1]._replace(state=state)).weights_sha256)
+        hashes.add(TrainedModel(trained[1]._replace(state=state)).weights_sha256)
     assert len(hashes) == 3  # the discriminator does not predict
 
 
 def test_recorded_thresholds_are_of_images_that_were_held_out(trained):
-    predictor = Predictor(trained[1])
+    predictor = TrainedModel(trained[1])
     _, held_out = batches.hold_out(np.arange(8), fraction=0.4, seed=0)
     maps, scores = predictor(IMAGES[held_out])
     recorded = predictor.record["thresholds"]
@@ -346,6 +346,6 @@ def test_recorded_thresholds_are_of_images_that_were_held_out(trained):
     # At most 0.1 % of 3072 pixels, and none of three images.
     assert np.sum(maps >= recorded["pixel"]["threshold"] * (1 + 1e-5)) <= 3
     assert recorded["image"]["threshold"] == pytest.approx(scores.max(), rel=1e-4)
-    other = Predictor(trained[1], top_fraction=0.5)
+    other = TrainedModel(trained[1], top_fraction=0.5)
     assert other.record["thresholds"]["image"]["threshold"] is None
     assert predictor.record["thresholds"] == recorded == trained[1].record["thresholds"]

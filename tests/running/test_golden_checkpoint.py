@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import tiny_config
 
-from anoseg_jax.deploy.predictor import Predictor
+from anoseg_jax.deploy.trained_model import TrainedModel
 from anoseg_jax.interop import torch_weights
 from anoseg_jax.method import detector, train
 
@@ -29,7 +29,7 @@ def predict(folder):
     """Returns maps, scores and the detector's scores of the golden images."""
     with np.load(GOLDEN / "expected.npz") as expected:
         images = expected["images"]
-    predictor = Predictor(folder, detector=True)
+    predictor = TrainedModel(folder, detector=True)
     maps, scores = predictor(images)
     results = {"maps": maps, "scores": scores, "detector_scores": predictor.detector(images, maps)}
     return {"images": images} | results

@@ -8,8 +8,8 @@ from part_images import draw_part
 from PIL import Image
 
 from anoseg_jax.deploy.model_folder import ModelError
-from anoseg_jax.deploy.photo_predictor import Predictor
 from anoseg_jax.deploy.prediction import Prediction, Region, Thresholds, Unreadable, find_regions
+from anoseg_jax.deploy.predictor import Predictor
 from anoseg_jax.images.decode import LayoutError
 
 
@@ -112,6 +112,23 @@ def test_an_unreadable_photograph_is_named_and_the_stream_goes_on(predictor, pho
 def test_what_is_no_photograph_is_refused(predictor, image):
     with pytest.raises(ValueError, match="a photograph must"):
         predictor(image)
+
+
+def test_more_than_8_bits_are_scaled_by_the_bit_depth_of_the_training_images(
+    workdir, predictor, tmp_path
+):
+    grey = draw_part(5)[..., 0]
+    wide = grey.astype(np.uint16) * 16  # 12 bits
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    as_12_bits = np.round(wide * (255 / 4095)).astype(np.uint8)
+    assert predictor(wide).score == predictor(tmp_path / "wide.png").score
+    assert predictor(wide).score == predictor(as_12_bits).score  # the smallest that holds it
+    other = Predictor(workdir)
+    other.reading = other.reading._replace(bit_depth=16)
+    assert other(wide).score == predictor(np.round(wide * (255 / 65535)).astype(np.uint8)).score
+    other.reading = other.reading._replace(bit_depth=10)
+    with pytest.raises(LayoutError, match="wide.png: has values up to .* bit_depth=10"):
+        other(tmp_path / "wide.png")
 
 
 def test_grey_arrays_are_photographs(predictor):
