@@ -18,7 +18,7 @@ from anoseg_jax.running import loop
 # What a run writes beside checkpoints, none of it large: in each training's folder, and above.
 OF_A_TRAINING = (
     "config.json parameters.txt train_log.jsonl events.* report.html images.csv curves.json "
-    "evaluation.npz pictures/"
+    "histograms.npz evaluation.npz pictures/"
 )
 OF_A_RUN = "results.json results.md report.html"
 

@@ -111,8 +111,11 @@ def run_category(
     # Maps to metrics.
     arrays = input_pipeline.load_arrays(splits.test, image_size)
     test = list(input_pipeline.test_batches(arrays, settings.batch_size))
-    how = {
-        "native_masks": input_pipeline.load_masks(splits.test) if settings.native_size else None,
+    native = {}
+    if settings.native_size:
+        native["native_masks"] = input_pipeline.load_masks(splits.test)
+        native["native_ignored"] = input_pipeline.load_ignore_masks(splits.test)
+    how = native | {
         "pixel_threshold": settings.pixel_threshold,
         "image_threshold": settings.image_threshold,
     }
@@ -139,7 +142,7 @@ def run_category(
             trained_on(images, trained_with, splits),
             test,
             top_fraction=settings.top_fraction,
-            native_masks=how["native_masks"],
+            **native,
         )
     return evaluation, arrays
 
@@ -252,6 +255,8 @@ def run(
                             splits[name],
                             training=training,
                             command=plan["command"],
+                            store_maps=config.evaluate.store_all_maps
+                            or (not variant and seed in (None, *plan["seeds"][:1])),
                         )
                     if writing and whole:  # also of a category whose pictures have failed
                         with collect_failure(failures, label, folder / name):
@@ -275,7 +280,13 @@ def run(
 
 
 def run_unit(
-    config: ConfigDict, folder: Path, splits: Splits, *, training: bool, command: str
+    config: ConfigDict,
+    folder: Path,
+    splits: Splits,
+    *,
+    training: bool,
+    command: str,
+    store_maps: bool,
 ) -> None:
     """Runs one category and writes its files while `folder`, named after it, is locked.
 
@@ -294,7 +305,7 @@ def run_unit(
             )
             if config.maps_dir:  # of a model, training has written it
                 files.write_text(folder / "config.json", category_config.to_json(indent=2) + "\n")
-            results.write_evaluation(folder, evaluation, arrays)
+            results.write_evaluation(folder, evaluation, arrays, store_maps=store_maps)
             count = category_config.evaluate.pictures
             pictures.write_pictures(folder / "pictures", evaluation, arrays, count)
         print(results.summary(folder.name, evaluation.results), flush=True)

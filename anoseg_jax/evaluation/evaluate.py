@@ -71,10 +71,11 @@ def measure(
     image_size: tuple[int, int],
     image_score: str = "map",
     native_masks: Sequence[np.ndarray] | None = None,
+    native_ignored: Sequence[np.ndarray] | None = None,
     pixel_threshold: float | None = None,
     image_threshold: float | None = None,
 ) -> Evaluation:
-    """Computes the metrics of anomaly maps of any origin.
+    """Computes the metrics of anomaly maps of any origin; pixels to `ignore` do not count.
 
     The IoU of an image needs the best threshold of all images, so the maps are kept in memory and
     resized a second time, one by one.
@@ -90,6 +91,7 @@ def measure(
         "detector". `image_scores` of the results has the image metrics of both.
       native_masks: masks at the size of their files, bool [h, w] each, in the order of the images.
         If given, the pixel metrics are computed at this size; maps are resized (bilinear).
+      native_ignored: likewise the pixels to ignore, if any image has some.
       pixel_threshold: in place of the one from held-out images, on the scale of the maps.
       image_threshold: in place of the one from held-out images, on the scale of the scores.
     """
@@ -97,21 +99,25 @@ def measure(
     pixel_threshold = thresholds["pixel"]["threshold"]
     pixels = metrics.SegmentationAccumulator(max_scores=MAX_SCORES)
     at_threshold = metrics.RegionCounts()
-    maps, truths, images = [], [], []
+    maps, truths, ignored, images = [], [], [], []
     for batch, batch_maps, batch_scores in predicted:
         truth, types = batch["mask"], batch["defect_type"].tolist()
+        left_out = batch.get("ignore")
         if native_masks is not None:
-            truth = native_masks[len(images) : len(images) + len(batch_maps)]
+            rows = slice(len(images), len(images) + len(batch_maps))
+            truth, left_out = native_masks[rows], native_ignored and native_ignored[rows]
         resized = [resize_map(*pair) for pair in zip(batch_maps, truth, strict=True)]
         pairs = zip(truth, batch["has_mask"], strict=True)
         known = [mask if has_mask else None for mask, has_mask in pairs]
-        pixels.add(resized, known, types)
+        pixels.add(resized, known, types, left_out)
+        left_out = [None] * len(types) if left_out is None else list(left_out)
         if pixel_threshold is not None:
-            for image_map, mask, name in zip(resized, known, types, strict=True):
+            for image_map, mask, name, out in zip(resized, known, types, left_out, strict=True):
                 if mask is not None:
-                    at_threshold.add(image_map >= np.float32(pixel_threshold), mask, name)
+                    at_threshold.add(image_map >= np.float32(pixel_threshold), mask, name, out)
         maps += list(batch_maps)
         truths += list(truth)
+        ignored += left_out
         images += image_rows(batch, batch_scores, image_score)
     pixel = pixels.result(curve_points=CURVE_POINTS)
     curves, scale = pixel.pop("curves"), metadata.get("map_scale")
@@ -122,7 +128,8 @@ def measure(
     if results["image_auroc"] is not None:
         curves |= metrics.image_curves(scores, labels)
     shown = select_shown_thresholds(results, thresholds, scale)
-    regions = measure_regions(images, maps, truths, shown["region"]["threshold"], image_size)
+    threshold = shown["region"]["threshold"]
+    regions = measure_regions(images, maps, truths, ignored, threshold, image_size)
     if pixel_threshold is not None:
         thresholds["pixel"]["threshold"] = float(np.float32(pixel_threshold))
         thresholds["pixel"] |= at_threshold.metrics(pixel["not_available"].get("iou"))
@@ -148,6 +155,7 @@ def measure_regions(
     images: Sequence[dict[str, Any]],
     maps: Sequence[np.ndarray],
     truths: Sequence[np.ndarray],
+    ignored: Sequence[np.ndarray | None],
     threshold: float | None,
     image_size: tuple[int, int],
 ) -> np.ndarray:
@@ -158,7 +166,8 @@ def measure_regions(
     finite, and where both are empty. The regions that are returned have the size of the images.
     """
     regions = np.zeros((len(maps), *image_size), bool)
-    for index, (row, image_map, truth) in enumerate(zip(images, maps, truths, strict=True)):
+    inputs = zip(images, maps, truths, ignored, strict=True)
+    for index, (row, image_map, truth, left_out) in enumerate(inputs):
         row["iou"] = None
         if threshold is None:
             continue
@@ -166,7 +175,7 @@ def measure_regions(
         region = image_map >= np.float32(threshold)
         regions[index] = metrics.resize_region(region, image_size)
         if row["has_mask"] and np.isfinite(image_map).all():
-            row["iou"] = metrics.RegionCounts().add(region, truth, row["defect_type"])
+            row["iou"] = metrics.RegionCounts().add(region, truth, row["defect_type"], left_out)
     return regions
 
 
@@ -215,12 +224,12 @@ def evaluate_baselines(
     batches: Sequence[Batch],
     *,
     top_fraction: float,
-    native_masks: Sequence[np.ndarray] | None = None,
+    **options: Any,
 ) -> dict[str, dict[str, Any]]:
     """Returns METRICS of each of `baselines.BASELINES`, with a reason for each None.
 
-    `train` has the good images that the model was trained on, uint8 [n, h, w, 3]. For the other
-    arguments see `evaluate_maps`.
+    `train` has the good images that the model was trained on, uint8 [n, h, w, 3]. `options` are of
+    `measure`: native masks. For the other arguments see `evaluate_maps`.
     """
     images = [batch["image"] for batch in batches]
     results_of = {}
@@ -230,7 +239,7 @@ def evaluate_baselines(
             with_scores(maps, batches, top_fraction=top_fraction),
             metadata={"map_scale": {"scores": [0.0], "levels": [0.0]}},  # no pictures are drawn
             image_size=train.shape[1:3],
-            native_masks=native_masks,
+            **options,
         )
         results_of[name] = headline(evaluation.results)
     return results_of

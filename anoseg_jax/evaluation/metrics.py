@@ -88,7 +88,11 @@ class SegmentationAccumulator:
         self._groups: dict[str | None, pixel_tables.TypeTables] = {}
 
     def add(
-        self, maps: Maps, defect_masks: Masks, defect_types: Sequence[str] | None = None
+        self,
+        maps: Maps,
+        defect_masks: Masks,
+        defect_types: Sequence[str] | None = None,
+        ignored: Sequence[np.ndarray] | None = None,
     ) -> None:
         """Adds a batch.
 
@@ -98,23 +102,30 @@ class SegmentationAccumulator:
                 image. An image without a mask (None) is used for no metric, and counted.
             defect_types: n names, "good" for good images. Without them an image is good when its
                 mask is empty, and there are no results per defect type.
+            ignored: bool, shaped as the maps: True for pixels that do not count.
 
         Raises:
             ValueError: lengths or shapes differ. Nothing is added in this case.
         """
-        for scores, mask, name in _check_images(maps, defect_masks, defect_types):
+        images = _check_images(maps, defect_masks, defect_types)
+        ignored = [None] * len(images) if ignored is None else ignored
+        for (scores, mask, name), left_out in zip(images, ignored, strict=True):
             if name is None and mask is not None and not mask.any():
                 name = GOOD
             group = self._groups.setdefault(name, pixel_tables.TypeTables())
             if mask is None:
                 group.images_without_mask += 1
             else:
-                self._add_image(group, scores, mask)
+                self._add_image(group, scores, mask, left_out)
             if self.max_scores is not None and self._pending >= self.max_pending:
                 self._flush()
 
     def _add_image(
-        self, group: pixel_tables.TypeTables, scores: np.ndarray, mask: np.ndarray
+        self,
+        group: pixel_tables.TypeTables,
+        scores: np.ndarray,
+        mask: np.ndarray,
+        ignored: np.ndarray | None,
     ) -> None:
         group.images += 1
         non_finite = scores.size - int(np.count_nonzero(np.isfinite(scores)))
@@ -124,15 +135,16 @@ class SegmentationAccumulator:
             return
 
         keys = pixel_tables.keys_from_scores(scores)
+        normal = ~mask
+        if ignored is not None:
+            mask, normal = mask & ~ignored, normal & ~ignored
         if mask.any():
             weights, number = pixel_weights(mask)
             group.pending_defect.append(keys[mask])
             group.pending_weights.append(weights)
-            group.pending_normal.append(keys[~mask])
             group.regions += number
             group.images_with_defect += 1
-        else:
-            group.pending_normal.append(keys.ravel())
+        group.pending_normal.append(keys[normal])
         self._pending += scores.size
 
     def _flush(self) -> None:
@@ -240,13 +252,26 @@ class RegionCounts:
     good_images_flagged: int = 0
     ious: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # by defect type
 
-    def add(self, region: np.ndarray, mask: np.ndarray, defect_type: str) -> float | None:
-        """Adds a region and its mask, bool [h, w]; returns their IoU, None if both are empty."""
+    def add(
+        self,
+        region: np.ndarray,
+        mask: np.ndarray,
+        defect_type: str,
+        ignored: np.ndarray | None = None,
+    ) -> float | None:
+        """Adds a region and its mask, bool [h, w]; returns their IoU, None if both are empty.
+
+        The pixels that are True in `ignored`, bool [h, w], do not count.
+        """
+        counted = mask.size
+        if ignored is not None:
+            region, mask = region & ~ignored, mask & ~ignored
+            counted -= int(np.count_nonzero(ignored))
         both, size, defect = (int(np.count_nonzero(a)) for a in (region & mask, region, mask))
         self.found_defect += both
         self.found_normal += size - both
         self.defect += defect
-        self.normal += mask.size - defect
+        self.normal += counted - defect
         if defect_type == GOOD:
             self.good_images += 1
             self.good_images_flagged += size > 0
