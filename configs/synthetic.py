@@ -16,13 +16,10 @@ def get_config(categories: str = "weave,washer,capsule") -> ConfigDict:
     config.dataset = "synthetic_ad"
     if categories == "all":
         config.categories = ("all",)
-    config.image_size = (64, 64)
+    config.image_size, config.batch_size = (64, 64), 8
+    config.num_steps, config.warmup_steps = 400, 30
+    config.checkpoint_every, config.log_every = 300, 50
     config.detector.num_steps = 150
-    config.batch_size = 8
-    config.num_steps = 400
-    config.warmup_steps = 30
-    config.checkpoint_every = 300
-    config.log_every = 50
     config.evaluate.pictures = 4
     config.category_options = ConfigDict()
     # The parts lie a little differently in each picture; the textures are learned sooner.

@@ -121,9 +121,7 @@ def measure(
         images += image_rows(batch, batch_scores, image_score)
     pixel = pixels.result(curve_points=CURVE_POINTS)
     curves, scale = pixel.pop("curves"), metadata.get("map_scale")
-    scores, labels, types = (
-        np.array([row[key] for row in images]) for key in ("score", "label", "defect_type")
-    )
+    scores, labels = (np.array([row[key] for row in images]) for key in ("score", "label"))
     results = join_metrics(metrics.image_metrics(scores, labels), pixel)
     if results["image_auroc"] is not None:
         curves |= metrics.image_curves(scores, labels)
@@ -135,11 +133,10 @@ def measure(
         thresholds["pixel"] |= at_threshold.metrics(pixel["not_available"].get("iou"))
     if images and thresholds["image"]["threshold"] is not None:
         thresholds["image"] |= image_verdicts(scores, labels, thresholds["image"]["threshold"])
-    for name, of_type in pixel["defect_types"].items():
-        chosen = np.isin(types, (name, metrics.GOOD))
-        of_type = join_metrics(metrics.image_metrics(scores[chosen], labels[chosen]), of_type)
-        count = int(np.count_nonzero(types == name))
-        results["defect_types"][name] = {"images": count} | headline(of_type)
+    results["defect_types"] = {
+        name: metrics_of_defect_type(name, images, pixel_metrics)
+        for name, pixel_metrics in pixel["defect_types"].items()
+    }
     results["image_scores"] = {
         kind: metrics.image_metrics(np.array([row[f"score_{kind}"] for row in images]), labels)
         for kind in IMAGE_SCORES
@@ -149,6 +146,16 @@ def measure(
     results |= {"thresholds": thresholds, "shown_thresholds": shown}
     results["warnings"] = check_thresholds(thresholds, maps, scores)
     return Evaluation(results, images, to_eight_bits(maps, scale, image_size), regions, curves)
+
+
+def metrics_of_defect_type(
+    name: str, images: Sequence[Mapping[str, Any]], pixel_metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the headline metrics of one defect type against all good images."""
+    rows = [row for row in images if row["defect_type"] in (name, metrics.GOOD)]
+    scores, labels = (np.array([row[key] for row in rows]) for key in ("score", "label"))
+    of_type = join_metrics(metrics.image_metrics(scores, labels), pixel_metrics)
+    return {"images": sum(row["defect_type"] == name for row in rows)} | headline(of_type)
 
 
 def measure_regions(

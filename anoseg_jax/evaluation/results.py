@@ -400,14 +400,6 @@ def _join_values(values: Sequence[Any]) -> Any:
     return "; ".join(dict.fromkeys(values))
 
 
-def write_results(
-    workdir: Path, category: str, results: dict[str, Any], *, config: str, command: str
-) -> None:
-    """Writes the results of a category (`write_category`) and those of `workdir` (`assemble`)."""
-    write_category(workdir / category, results, config=config, command=command)
-    assemble(workdir, [category])
-
-
 def write_evaluation(
     folder: Path, evaluation: Evaluation, arrays: Arrays, *, store_maps: bool = True
 ) -> None:

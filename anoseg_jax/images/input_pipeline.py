@@ -132,17 +132,12 @@ def _load_masks(dataset: tf.data.Dataset, key: str) -> list[np.ndarray]:
 
 
 def train_batches(
-    arrays: Mapping[str, np.ndarray],
-    start_step: int,
-    *,
-    batch_size: int,
-    seed: int,
-    rows: slice = slice(None),
+    arrays: Mapping[str, np.ndarray], start_step: int, *, rows: slice = slice(None), **order: int
 ) -> Iterator[Arrays]:
     """Yields shuffled batches without end, two of them prepared ahead.
 
-    The same as `images.batches.train_batches`, which says what the arguments are, as a tf.data
-    pipeline.
+    The same as `images.batches.train_batches`, as a tf.data pipeline. `order` is `batch_size` and
+    `seed`.
     """
     cached = {name: tf.constant(array) for name, array in arrays.items()}
     count = len(next(iter(arrays.values())))
@@ -150,13 +145,12 @@ def train_batches(
     def orders() -> Iterator[np.ndarray]:
         step = start_step
         while True:
-            order = batch_order(count=count, batch_size=batch_size, seed=seed, step=step)
-            yield order[rows]
+            yield batch_order(count=count, step=step, **order)[rows]
             step += 1
 
     signature = tf.TensorSpec((None,), tf.int64)
     dataset = tf.data.Dataset.from_generator(orders, output_signature=signature)
-    gather = lambda order: {name: tf.gather(x, order) for name, x in cached.items()}  # noqa: E731
+    gather = lambda rows: {name: tf.gather(x, rows) for name, x in cached.items()}  # noqa: E731
     return dataset.map(gather).prefetch(2).as_numpy_iterator()
 
 

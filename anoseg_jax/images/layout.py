@@ -86,15 +86,6 @@ def _category_folders(data_dir: Path, layout: str) -> dict[str, Path]:
     return {printable(folder.name): folder for folder in known}
 
 
-def list_categories(data_dir: str | os.PathLike, layout: str = "auto") -> tuple[str, ...]:
-    """Returns the sorted names of the folders in `data_dir` that are of a known layout.
-
-    Raises:
-      LayoutError: `data_dir` is not a folder.
-    """
-    return tuple(_category_folders(Path(data_dir), layout))
-
-
 def scan_categories(
     data_dir: str | os.PathLike, names: Sequence[str], options: ReadOptions | None = None
 ) -> list[Category]:

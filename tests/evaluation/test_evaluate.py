@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from result_files import write_results
 
 from anoseg_jax.evaluation import evaluate
 from anoseg_jax.evaluation.metrics import METRICS
-from anoseg_jax.evaluation.results import write_evaluation, write_results
+from anoseg_jax.evaluation.results import write_evaluation
 from anoseg_jax.method import predict, thresholds
 from anoseg_jax.report import pages, panels, pictures
 

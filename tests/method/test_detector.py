@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import tiny_config
 from killed import Killed, killed_after
+from result_files import write_results
 
 from anoseg_jax.deploy.trained_model import TrainedModel
 from anoseg_jax.evaluation import evaluate
-from anoseg_jax.evaluation.results import write_evaluation, write_results
+from anoseg_jax.evaluation.results import write_evaluation
 from anoseg_jax.images import batches
 from anoseg_jax.method import detector, models, predict, train, train_state
 from anoseg_jax.running import checkpoint, loop

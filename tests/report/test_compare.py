@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from result_files import write_results
 
 from anoseg_jax.evaluation import evaluate, intervals, metrics, pixel_tables
 from anoseg_jax.evaluation.metrics import METRICS
@@ -15,7 +16,6 @@ from anoseg_jax.evaluation.results import (
     ResultsError,
     mean_of,
     write_evaluation,
-    write_results,
 )
 from anoseg_jax.report import compare
 
@@ -61,7 +61,7 @@ def results_of(maps, masks, labels, has_mask=None):
 
 
 def write_category(workdir, name, maps, masks, labels, *, names=None, has_mask=None, change=None):
-    """Writes the files of results.write_results and write_evaluation for any maps."""
+    """Writes the files of write_results and write_evaluation for any maps."""
     folder = workdir / name
     folder.mkdir(parents=True)
     path = workdir / "results.json"

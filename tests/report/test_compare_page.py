@@ -5,10 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+from result_files import write_results
 from test_report import Page, browser, open_page  # noqa: F401
 
 from anoseg_jax.evaluation import evaluate
-from anoseg_jax.evaluation.results import write_evaluation, write_results
+from anoseg_jax.evaluation.results import write_evaluation
 from anoseg_jax.report import compare, compare_page, plots
 
 NUT = "nüt <b>#1"

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +15,6 @@ from anoseg_jax.report import pages, plots
 
 NUT, WEAVE = "nüt <b>#1 %20", "weave"
 CRACK = "<b>riß</b> $x$ 裂"
-CHROMIUM = Path("/usr/bin/chromium")
-QUIET = (
-    "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update "
-    "--disable-sync --no-first-run --disable-quic"
-).split()
 # name, defect type, label, score, IoU: the image threshold is 0.5.
 IMAGES = (
     ("good/0.png", "good", 0, 0.9, 0.0),
@@ -415,19 +409,6 @@ def test_errors_are_one_line_that_names_the_file(tmp_path, copy):
         with pytest.raises(ResultsError, match="results.json") as error:
             pages.write_run(copy)
         assert "\n" not in str(error.value)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="the browser test needs playwright: pip install playwright"
-    )
-    if not CHROMIUM.exists():
-        pytest.skip(f"the browser test needs {CHROMIUM}: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=QUIET)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """Checkpoints: damaged ones are named and skipped, and intact ones are kept."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 
 from anoseg_jax.method.train_state import TrainState
@@ -173,13 +172,7 @@ try:
 except OSError as error:
     print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(directory)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = programs.run(program, directory)
     (line,) = done.stdout.splitlines()
     assert line.startswith(f"{directory}") and ": checkpoint not written: " in line
     assert "File too large" in line

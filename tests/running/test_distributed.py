@@ -1,11 +1,10 @@
 """The processes of a run: locks, and what they share. Signals: test_launch.py."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 
 from anoseg_jax import UsageError
@@ -68,9 +67,7 @@ try:
 except UsageError as error:
     print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = programs.run(program)
     assert (
         "processes of this run cannot connect" in done.stdout
         and "--coordinator=HOST:PORT" in done.stdout
@@ -91,11 +88,5 @@ try:
 except UsageError as error:
     print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = programs.run(program, tmp_path)
     assert done.stdout.startswith("this system has no file locks: on Windows, train in WSL")
