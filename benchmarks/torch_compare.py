@@ -187,64 +187,59 @@ class Case:
         flops = self.count_flops(apply, variables, self.uint8, loops=1.25)
         return lambda: ours(variables, self.uint8), twin, flops
 
+    def both_ways(
+        self, name: str, apply: Callable, params: dict, module: torch.nn.Module, *inputs: jax.Array
+    ) -> dict[str, Contest]:
+        """Returns a part of a step: forward, and with the gradient by its parameters, if any."""
+        twin_inputs = [tensor(array) for array in inputs]
+        flops = self.count_flops(apply, params, *inputs, loops=int(name.startswith("bank")))
+        forward = jax.jit(apply)
+
+        def total(params: dict) -> jax.Array:
+            return jnp.mean(apply(params, *inputs))
+
+        backward = jax.jit(jax.grad(total))
+
+        def twin_forward() -> torch.Tensor:
+            with torch.no_grad():
+                return module(*twin_inputs)
+
+        def twin_backward() -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(module(*twin_inputs).mean(), list(module.parameters()))
+
+        contests = {name: (lambda: forward(params, *inputs), twin_forward, flops)}
+        if list(module.parameters()):
+            flops = models.count_flops(jax.grad(total), params)
+            contests[f"{name}, with gradients"] = (lambda: backward(params), twin_backward, flops)
+        return contests
+
     def parts_of_a_step(self) -> dict[str, Contest]:
         """Returns the parts of a step: forward, and forward and backward to the weights."""
         generator, twin = self.state.generator, self.training.generator
         model, depth, width = self.config.model, self.config.model.depth, self.config.model.width
         good, defective, masks, _ = self.examples.values()
-        twin_masks = self.twin_examples["masks"]
         x = models.add_coords(2 * good - 1)
         head_input = jnp.concatenate([x, 2 * defective - 1, 4 * jnp.abs(good - defective)], axis=-1)
         extra_features = jnp.zeros((*[n // 2 if i else n for i, n in enumerate(masks.shape)], 1))
-        contests: dict[str, Contest] = {}
-
-        def both_ways(
-            name: str, apply: Callable, params: dict, module: torch.nn.Module, *inputs: jax.Array
-        ) -> None:
-            twin_inputs = [tensor(array) for array in inputs]
-            loops = int(name.startswith("bank"))
-            flops = self.count_flops(apply, params, *inputs, loops=loops)
-            forward = jax.jit(apply)
-
-            def total(params: dict) -> jax.Array:
-                return jnp.mean(apply(params, *inputs))
-
-            backward = jax.jit(jax.grad(total))
-
-            def twin_forward() -> torch.Tensor:
-                with torch.no_grad():
-                    return module(*twin_inputs)
-
-            def twin_backward() -> tuple[torch.Tensor, ...]:
-                return torch.autograd.grad(module(*twin_inputs).mean(), list(module.parameters()))
-
-            contests[name] = (lambda: forward(params, *inputs), twin_forward, flops)
-            if list(module.parameters()):
-                flops = models.count_flops(jax.grad(total), params)
-                contests[f"{name}, with gradients"] = (
-                    lambda: backward(params),
-                    twin_backward,
-                    flops,
-                )
 
         def apply_fn(module: models.nn.Module) -> Callable:
             return lambda params, *inputs: module.apply({"params": params}, *inputs)
 
-        both_ways(
+        contests = self.both_ways(
             "bank's distances",
             partial(memory_bank.standardized_distances, grid=self.static.grid),
             self.state.memory_bank.fine,
             twin.memory_bank["fine"],
             defective,
         )
-        both_ways(
+        contests |= self.both_ways(
             "reconstructor",
             apply_fn(models.Reconstructor(width, depth, model.latent)),
             generator["reconstructor"],
             twin.reconstructor,
             x,
         )
-        both_ways(
+        contests |= self.both_ways(
             "anomaly head",
             apply_fn(models.AnomalyHead(width, depth)),
             generator["anomaly_head"],
@@ -252,7 +247,7 @@ class Case:
             head_input,
             extra_features,
         )
-        both_ways(
+        contests |= self.both_ways(
             "discriminator",
             apply_fn(self.static.discriminator),
             self.state.discriminator,
@@ -260,17 +255,20 @@ class Case:
             good,
             masks,
         )
+        return contests | self.segmentation_loss()
+
+    def segmentation_loss(self) -> dict[str, Contest]:
+        """Returns the gradient of the focal loss by the logits."""
+        masks, twin_masks = self.examples["masks"], self.twin_examples["masks"]
         logits = jnp.asarray(np.random.default_rng(0).normal(size=masks.shape), jnp.float32)
         focal = jax.jit(jax.grad(lambda x: losses.segmentation_focal(logits=x, masks=masks)))
         twin_logits = tensor(logits).requires_grad_()
-        contests["segmentation loss, with gradient"] = (
-            lambda: focal(logits),
-            lambda: torch.autograd.grad(
-                torch_reference.segmentation_loss(twin_logits, twin_masks, "focal"), twin_logits
-            ),
-            0.0,
-        )
-        return contests
+
+        def twin() -> tuple[torch.Tensor, ...]:
+            loss = torch_reference.segmentation_loss(twin_logits, twin_masks, "focal")
+            return torch.autograd.grad(loss, twin_logits)
+
+        return {"segmentation loss, with gradient": (lambda: focal(logits), twin, 0.0)}
 
 
 def main() -> None:
