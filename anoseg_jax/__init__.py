@@ -7,7 +7,10 @@ from typing import Any
 
 
 class UsageError(ValueError):
-    """What a user can mend: each line of the message says what is wrong, where, and what to do."""
+    """An error that the user can fix.
+
+    Each line of the message says what is wrong, where, and what to do.
+    """
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """The command line: its flags, one function for each mode, exit codes.
 
-Each mode imports what it needs: `--help` and the reports start without JAX and TensorFlow.
+Each mode imports what it needs. `--help` imports neither JAX nor TensorFlow; only modes that read
+a data set (train, evaluate, check, export_replay) always import TensorFlow.
 """
 
 import os
@@ -301,7 +302,7 @@ def main(argv: Sequence[str]) -> int:
             if FLAGS.distributed or at != (None, None, None):
                 distributed.start(*at)
                 if not distributed.is_main_process():
-                    sys.stdout = Path(os.devnull).open("w")  # one of them speaks
+                    sys.stdout = Path(os.devnull).open("w")  # only the main process prints
             distributed.stop_on_signals()
         code = mode.function(*[arguments] * bool(arguments))
     except distributed.Stopped as stopped:

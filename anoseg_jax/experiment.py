@@ -275,7 +275,10 @@ def run(
                 )
     if not whole:
         total, done = len(units_of(plan)), len(units) - len(failures)
-        print(f"done: {done} of {len(units)}, of {total} of all shards; then --mode=merge")
+        print(
+            f"done: {done} of {len(units)} units (variant, seed, category) of this shard; all "
+            f"shards together have {total}. When all are done, run --mode=merge"
+        )
     return failures
 
 

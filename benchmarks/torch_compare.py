@@ -126,7 +126,7 @@ class Case:
         self.twin_examples = {name: tensor(x) for name, x in self.examples.items()}
         # The twin's initial weights serve both; its memory bank is random.
         generator, discriminator = torch_reference.create(config)
-        for bank in generator.memory_bank.values():
+        for bank in (generator.memory, generator.coarse_memory):
             for array in bank.buffers():
                 array += torch.from_numpy(rng.normal(size=array.shape)).to(array.dtype)
         self.training = torch_reference.Training(generator, discriminator, config)
@@ -229,7 +229,7 @@ class Case:
             "bank's distances",
             partial(memory_bank.standardized_distances, grid=self.static.grid),
             self.state.memory_bank.fine,
-            twin.memory_bank["fine"],
+            twin.memory,
             defective,
         )
         contests |= self.both_ways(
@@ -243,7 +243,7 @@ class Case:
             "anomaly head",
             apply_fn(models.AnomalyHead(width, depth)),
             generator["anomaly_head"],
-            twin.anomaly_head,
+            twin.map_head,
             head_input,
             extra_features,
         )

@@ -210,12 +210,12 @@ class PatchBank(nn.Module):
         descriptor = 3 * patch**2
         self.register_buffer("mean", torch.zeros(descriptor))
         self.register_buffer("basis", torch.zeros(descriptor, components))
-        # Principal components, then the position times `position_scale`.
+        # Principal components, then the position times `place`.
         self.register_buffer("patches", torch.zeros(size, components + 2))
-        self.register_buffer("patch_image_ids", torch.zeros(size, dtype=torch.int32))
-        self.register_buffer("position_scale", torch.zeros(()))
-        self.register_buffer("distance_mean", torch.zeros(()))  # of good patches
-        self.register_buffer("distance_std", torch.zeros(()))
+        self.register_buffer("source", torch.zeros(size, dtype=torch.int32))  # image id
+        self.register_buffer("place", torch.zeros(()))  # scale of the position
+        self.register_buffer("centre", torch.zeros(()))  # mean of good distances
+        self.register_buffer("spread", torch.zeros(()))  # their standard deviation
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """Returns descriptors of the patches of half-size images: [b, rows, columns, d]."""
@@ -239,7 +239,7 @@ class PatchBank(nn.Module):
         x = x - self.mean
         code = x @ self.basis
         rest = x.square().sum(dim=-1) - code.square().sum(dim=-1)  # outside the components
-        code = torch.cat([code, self.position_scale * positions], dim=-1)
+        code = torch.cat([code, self.place * positions], dim=-1)
         norms = self.patches.square().sum(dim=-1).masked_fill(left_out, torch.inf)
         products = torch.addmm(norms, code.flatten(0, 1), self.patches.T, alpha=-2)
         squared = products.amin(dim=-1).view_as(rest)
@@ -253,15 +253,15 @@ class PatchBank(nn.Module):
         bank is of that image, nothing is left out. The result is [b, rows, columns].
         """
         if image_ids is None:
-            image_ids = self.patch_image_ids.new_full((len(images),), -1)  # no image's
-        same_image = self.patch_image_ids == image_ids[:, None]
+            image_ids = self.source.new_full((len(images),), -1)  # no image's
+        same_image = self.source == image_ids[:, None]
         left_out = same_image & ~same_image.all(dim=1, keepdim=True)
         # Image by image: every patch of a batch against all of the bank would be gigabytes.
         descriptors = self.embed_patches(images)
         distances = torch.stack(
             [self.distances(*args) for args in zip(descriptors, left_out, strict=True)]
         )
-        return ((distances - self.distance_mean) / (self.distance_std + 1e-6)).clamp(-3, 10)
+        return ((distances - self.centre) / (self.spread + 1e-6)).clamp(-3, 10)
 
 
 class Generator(nn.Module):
@@ -281,17 +281,16 @@ class Generator(nn.Module):
         super().__init__()
         self.coords = coords
         self.distance_weights: tuple[float, ...] = ()
-        self.memory_bank = None
+        self.memory = self.coarse_memory = None
         if memory_bank["size"]:
             names = ("size", "patch", "stride", "components")
             options = {name: memory_bank[name] for name in names}
-            scales = {scale: PatchBank(**options) for scale in ("fine", "coarse")}
-            self.memory_bank = nn.ModuleDict(scales)
+            self.memory, self.coarse_memory = PatchBank(**options), PatchBank(**options)
             self.distance_weights = tuple(memory_bank["distance_weights"])
         inputs = 3 + 2 * coords
         self.reconstructor = Reconstructor(inputs, width, depth, latent) if reconstruct else None
-        self.anomaly_head = AnomalyHead(
-            inputs + 6 * reconstruct, width, depth, int(self.memory_bank is not None)
+        self.map_head = AnomalyHead(
+            inputs + 6 * reconstruct, width, depth, int(self.memory is not None)
         )
 
     def bank_distances(self, images: Tensor, image_ids: Tensor | None = None) -> Tensor | None:
@@ -299,7 +298,7 @@ class Generator(nn.Module):
 
         They are leave-one-out with the `image_ids` of images that may be in the bank.
         """
-        return None if self.memory_bank is None else self.memory_bank["fine"](images, image_ids)
+        return None if self.memory is None else self.memory(images, image_ids)
 
     def forward(
         self, images: Tensor, bank_distances: Tensor | None = None
@@ -322,7 +321,7 @@ class Generator(nn.Module):
         extra_features = None
         if bank_distances is not None:
             extra_features = resize(bank_distances, (h // 2, w // 2))[:, None]  # [b, 1, h/2, w/2]
-        return self.anomaly_head(x, extra_features), reconstruction
+        return self.map_head(x, extra_features), reconstruction
 
 
 class Discriminator(nn.Module):
@@ -567,7 +566,7 @@ def generator_logits(
     fine = generator.bank_distances(images, image_ids)
     logits, reconstructions = generator(images, fine)
     if fine is not None:
-        coarse = generator.memory_bank["coarse"](F.avg_pool2d(images, 2), image_ids)
+        coarse = generator.coarse_memory(F.avg_pool2d(images, 2), image_ids)
         for distances, weight in zip((fine, coarse), generator.distance_weights, strict=True):
             logits = logits + weight * resize(distances, tuple(logits.shape[1:]))
     return logits, reconstructions

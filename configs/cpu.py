@@ -1,4 +1,4 @@
-"""The same method sized for two CPU cores: 128x128, 10 to 20 minutes a category on one of them.
+"""The same method sized for CPUs: 128x128, about four minutes a category on two cores.
 
 python launch.py --config=configs/cpu.py:screw --config.data_dir=DIR --workdir=W
 """

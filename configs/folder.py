@@ -1,4 +1,4 @@
-"""One's own images, in the folder layout of MVTec AD, read where they lie.
+"""Train on your own images, in folders as below; other layouts: images/layouts.py.
 
 python launch.py --config=configs/folder.py --config.data_dir=DIR --workdir=W
 python launch.py --config=configs/folder.py:bolt,nut:cpu ...      some folders, CPU-sized

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from configs import default
 
-# What keeps a good part good, by category: which way a part lies is a feature of some and a whim
-# of others. Symmetric textures may be flipped, free-lying parts turned; no option where the
-# position is part of what is inspected (cable, capsule, transistor ...).
+# Augmentation that keeps a good part good, by category. Textures may be flipped, parts that lie
+# freely may be rotated. Categories whose position or orientation is inspected (cable, capsule,
+# transistor ...) have no augmentation.
 FLIPS = {"flip_horizontal": True, "flip_vertical": True}
 AUGMENT = {
     "bottle": FLIPS | {"rotation": 10.0},

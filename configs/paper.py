@@ -5,8 +5,13 @@ python launch.py --config=configs/paper.py:screw:cpu ...      at 128x128, for a 
 
 Hard augmentation alone makes the synthetic defects; the losses are the pixel-wise, the adversarial
 and the masked reconstruction loss; the networks take coordinate channels. There is no memory bank.
-The paper's layer tables, hyper-parameters and loss weights are not known to this project: those
-numbers are this project's, as in configs/default.py.
+
+These choices are still this project's own:
+- layers, hyper-parameters and loss weights, as in configs/default.py: the paper's are not known here;
+- the focal loss as pixel-wise loss; --config.loss.segmentation=l1 is closer to the paper;
+- the augmentation of each category, as in configs/mvtec.py;
+- the image-level score, which is computed from the map.
+The paper's image-level detector is off; --config.detector.enabled=True trains it, too.
 """
 
 from ml_collections import ConfigDict

@@ -1,1 +1,1 @@
-"""Data sets: the reader of the MVTec AD folder layout and the TFDS builders."""
+"""Data sets: opening folders of images or TFDS data sets (`sources`), and TFDS builders."""

@@ -286,7 +286,8 @@ def scale_of(maps: Sequence[np.ndarray]) -> dict[str, list[float]]:
     """
     if not len(maps):
         return {"scores": [0.0], "levels": [0.0]}
-    # A few million pixels are enough; an odd step does not stay in one column of the maps.
+    # Every step-th pixel: a few million are enough. `| 1` makes the step odd (and at least 1): an
+    # even step could divide the maps' width and take the pixels of the same columns only.
     step = sum(image_map.size for image_map in maps) // 2**22 | 1
     ends = [[min(map(np.min, maps)), max(map(np.max, maps))]]
     pixels = np.concatenate(ends + [np.ravel(image_map)[::step] for image_map in maps])

@@ -40,7 +40,9 @@ Masks = np.ndarray | Sequence[np.ndarray | None] | None
 MAX_SCORES = 2**23  # distinct scores of an accumulator: 100 MB; 110 maps of 256x256 stay exact
 MAX_PENDING = 2**22  # pixels collected before they are sorted into the tables: 17 MB
 _MAX_SHIFT = 23  # the mantissa bits of a float32: dropping more would merge exponents
-_DEFECT_COST = 4  # a defect pixel's score counts as four: all curve points come from these
+# A distinct score of a defect pixel counts as four: each one is a threshold of the curves, with
+# several counts of its own (pixel_tables.ThresholdCounts).
+_DEFECT_COST = 4
 EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
 
 

@@ -1,14 +1,16 @@
-"""Result files of a run: every read and write, means over categories and seeds, tables.
+"""Reads and writes the result files below; means over categories and seeds, tables.
 
     W/results.json, results.md           all categories and their mean
     W/<category>/results.json            one category, with what is needed to reproduce it
     W/<category>/images.csv              one line for each test image
     W/<category>/curves.json             points of the curves
-    W/<category>/histograms.npz          of the 8-bit maps, for the intervals of a comparison
+    W/<category>/histograms.npz          histograms of the 8-bit maps, for confidence intervals
     W/<category>/evaluation.npz          test images, masks, 8-bit maps, regions found: for pages
-    W/seed_<s>/                          such a workdir for each of several seeds; W has their mean
+                                         (first seed of a run without variants, by default)
+    W/seed_<s>/                          with several seeds: one such workdir for each seed, and W
+                                         has results.json and results.md with their mean
 
-Reading needs no jax.
+Reading does not import JAX.
 """
 
 import csv

@@ -230,7 +230,10 @@ def size_warnings(
 
 
 def _set_size(sides: Sequence[float]) -> str:
-    """How to set a size of about these sides, of their shape; networks halve it five times."""
+    """Returns the option for a size close to `sides`, with their aspect ratio.
+
+    Height and width are multiples of 32: the networks of configs/default.py halve them five times.
+    """
     short = 32 * max(1, int(np.ceil(min(sides) / 32 - 0.25)))
     height, width = (32 * round(side * short / min(sides) / 32) for side in sides)
     return f'set --config.image_size="({height}, {width})" (height, width)'

@@ -283,7 +283,7 @@ def _defective(values: np.ndarray, block: int = 8) -> tuple[np.ndarray, str]:
     The mask had two values and was smoothed or compressed if all its greys lie at the edges of its
     bright regions, as no class would: smoothing leaves slopes beside edges, lossy compression
     leaves noise within its blocks, `block` pixels wide and high. Neither leaves areas of one grey,
-    but for the faintest.
+    except that compression may leave small ones of the faintest greys, up to a tenth of the peak.
     """
     counts = np.bincount(values.ravel()) if values.dtype == np.uint8 else None
     levels = np.unique(values) if counts is None else np.flatnonzero(counts)

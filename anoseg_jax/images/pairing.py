@@ -11,7 +11,7 @@ from anoseg_jax.images.examples import Example, ReadOptions
 from anoseg_jax.images.folders import child, comparable, entries, identity, images, names_of
 from anoseg_jax.images.layouts import GOOD, Group
 
-# By stem: the masks of that name. Each is a file, or the files of a folder, whose union it is.
+# The masks of each stem (file name without suffix). A mask is one file, or the union of several.
 Masks = dict[str, list[tuple[Path, ...]]]
 
 

@@ -28,12 +28,19 @@ from anoseg_jax.method import detector, memory_bank, train_state
 from anoseg_jax.method.memory_bank import MemoryBank
 from anoseg_jax.running import checkpoint, files
 
-# Names of modules and parameters here, and in PyTorch; all others are the same.
+# Names of modules, parameters and memory banks here, and in PyTorch; all others are the same.
 NAMES = (
     (r"\bConvBlock_(\d+)\.Conv_0\b", r"blocks.\1.conv"),
     (r"\bConvBlock_(\d+)\.GroupNorm_0\b", r"blocks.\1.norm"),
     (r"\bConv_(\d+)\b", r"convs.\1"),
     (r"\bReconstructor_0\b", "reconstructor"),  # the detector's; the generator's has a name
+    (r"\banomaly_head\b", "map_head"),
+    (r"\bmemory_bank\.fine\b", "memory"),
+    (r"\bmemory_bank\.coarse\b", "coarse_memory"),
+    (r"\.patch_image_ids$", ".source"),
+    (r"\.position_scale$", ".place"),
+    (r"\.distance_mean$", ".centre"),
+    (r"\.distance_std$", ".spread"),
     (r"\.(kernel|scale)$", ".weight"),
 )
 

@@ -4,6 +4,9 @@ AnoSeg (Song et al., arXiv 2110.03396) has three parts: hard augmentation makes 
 masks (`make_examples`), adversarial learning with a masked reconstruction trains the networks
 (`loss_fn`), and coordinate channels tell them where a pixel is (models.py).
 
+The two players of the adversarial game are the generator and the discriminator. In detector.py they
+are the detector and its discriminator. Each has its own loss, gradients and optimizer.
+
 Arguments of several functions: `batch` has this device's `image` uint8 [b, h, w, 3] and `image_id`
 int32 [b]; `options` and `static` are the arrays and the static options of
 `train_state.split_options`; `axis_name` is the axis of the surrounding `jax.pmap`, or None.

@@ -45,6 +45,8 @@ def write_line(
     complete = {"step": line["step"]} | dict.fromkeys((*LOSSES, "images_per_second")) | line
     before = path.read_text() if path.exists() else ""
     files.write_text(path, before + json.dumps(complete) + "\n")
+    # The losses of this line by their first three letters: seg, adv, rec, dis. A loss that is
+    # switched off is not shown.
     terms = {name.removeprefix("loss_")[:3]: line[name] for name in LOSSES if name in line}
     text = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
     if not bar.disable:

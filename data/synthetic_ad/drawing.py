@@ -57,9 +57,10 @@ def blotch(rng: np.random.Generator, centre, radius: float, softness: float) -> 
 
 
 def curve(rng: np.random.Generator, centre, length: float, angle: float, bend: float, jag=0.0):
-    """Returns for each pixel the distance to a line, and the place along it in [-1, 1].
+    """Returns for each pixel the distance to a line, and the position along it in [-1, 1].
 
-    The line is `bend` pixels off the straight, in a wave, and its corners `jag` pixels.
+    The line is a wave with an amplitude of `bend` pixels about a straight line. Its 12 corners are
+    shifted at random, with a standard deviation of `jag` pixels.
     """
     y, x = _Y - centre[0], _X - centre[1]
     along = (x * np.cos(angle) + y * np.sin(angle)) / (length / 2)

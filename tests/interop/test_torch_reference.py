@@ -41,9 +41,9 @@ def test_in_float64_outputs_gradients_and_20_steps_agree(folder):
         assert largest(row, *torch_replay.kinds_of(rows)) < 1e-8
     # The report says so, and where the first difference is if the twin's step were another one.
     assert torch_replay.first_difference(rows, 1e-8) == "within 1e-08 in all of 20 steps"
-    rows[1]["weights"] = {"difference": 0.5, "of": "generator.anomaly_head.convs.0.bias"}
+    rows[1]["weights"] = {"difference": 0.5, "of": "generator.map_head.convs.0.bias"}
     report = torch_replay.first_difference(rows, 1e-8)
-    assert "from step 2 on: weights by 5.0e-01 (generator.anomaly_head.convs.0.bias)" in report
+    assert "from step 2 on: weights by 5.0e-01 (generator.map_head.convs.0.bias)" in report
 
 
 def test_distances_of_the_bank_agree_and_leave_the_image_out(folder):
@@ -58,7 +58,7 @@ def test_distances_of_the_bank_agree_and_leave_the_image_out(folder):
     distances = generator.bank_distances(defective, image_ids)
     np.testing.assert_allclose(distances.numpy(), batch["bank_distances"], rtol=1e-3, atol=1e-3)
     good = tensor(batch["good"])
-    patch_image_ids = generator.memory_bank["fine"].patch_image_ids
+    patch_image_ids = generator.memory.source
     in_bank = torch.isin(image_ids, patch_image_ids)
     assert in_bank.any()
     to_all = generator.bank_distances(good)[in_bank]

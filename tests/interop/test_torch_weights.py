@@ -56,12 +56,12 @@ def test_names_are_those_of_the_modules_in_pytorch():
         torch_weights.to_torch(random_like(template))
         for template in (generator_template(), detector_template())
     )
-    banks = {name for name in generator if ".memory_bank." in name}
-    arrays = "basis|distance_mean|distance_std|mean|patch_image_ids|patches|position_scale"
+    banks = {name for name in generator if "memory." in name}
+    arrays = "basis|centre|mean|patches|place|source|spread"
     assert len(banks) == 2 * 7
-    assert all(re.fullmatch(rf"generator.memory_bank.(fine|coarse).({arrays})", x) for x in banks)
+    assert all(re.fullmatch(rf"generator.(memory|coarse_memory).({arrays})", x) for x in banks)
     layers = r"blocks\.\d\.(conv\.weight|norm\.(weight|bias))|convs\.\d\.(weight|bias)"
-    modules = r"generator\.(reconstructor|anomaly_head)|discriminator|detector\.reconstructor"
+    modules = r"generator\.(reconstructor|map_head)|discriminator|detector\.reconstructor"
     for name in {*generator, *networks} - banks:
         assert re.fullmatch(rf"({modules})\.({layers})", name), name
 
@@ -82,12 +82,12 @@ def test_all_that_does_not_fit_is_listed_at_once():
     arrays = torch_weights.to_torch(random_like(template))
     arrays["generator.extra"] = arrays.pop("discriminator.convs.0.bias")
     arrays["discriminator.convs.0.weight"] = np.zeros((8, 24, 3, 1), np.float32)
-    arrays["generator.memory_bank.fine.patch_image_ids"] = np.zeros(64, np.float32)
+    arrays["generator.memory.source"] = np.zeros(64, np.float32)
     with pytest.raises(torch_weights.WeightsError) as error:
         torch_weights.from_torch(arrays, template)
     assert sorted(str(error.value).splitlines()) == [
         "discriminator.convs.0.weight: float32 [8, 24, 3, 1], must be float32 [8, 24, 3, 3]",
-        "generator.memory_bank.fine.patch_image_ids: float32 [64], must be int32 [64]",
+        "generator.memory.source: float32 [64], must be int32 [64]",
         "missing: discriminator.convs.0.bias",
         "not known: generator.extra",
     ]
