@@ -18,7 +18,7 @@ SHARED_BY_VARIANTS = (
     "dataset data_dir tfds_dir categories category_options seed seeds shard variants "
     "compilation_cache layout mask_suffix ignore_name bit_depth max_megapixels"
 ).split()
-# What all categories of a run share: the same, except that a category may set its own seed.
+# What all categories of a run share: the same, but a category may set its own seed.
 SHARED_BY_CATEGORIES = tuple(key for key in SHARED_BY_VARIANTS if key != "seed")
 
 
@@ -56,7 +56,7 @@ def check(config: ConfigDict, *, training: bool = True) -> None:
         if training:
             raise OptionError(f"{where} is for --mode=evaluate: there is nothing to train")
         if config.seeds:
-            raise OptionError(f"{where} holds maps of one run only: seeds={config.seeds} must be empty")
+            raise OptionError(f"{where} holds one run's maps: seeds={config.seeds} must be empty")
         if not Path(config.maps_dir).is_dir():
             raise OptionError(f"{where} is no folder; it holds <category>/<defect type>/<stem>.npy")
     shard_of(config.shard)

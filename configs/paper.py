@@ -7,7 +7,7 @@ Hard augmentation alone makes the synthetic defects; the losses are the pixel-wi
 and the masked reconstruction loss; the networks take coordinate channels. There is no memory bank.
 
 These choices are still this project's own:
-- layers, hyper-parameters and loss weights, as in configs/default.py: the paper's are not known here;
+- layers, hyper-parameters and loss weights, as in configs/default.py: the paper's are not known;
 - the focal loss as pixel-wise loss; --config.loss.segmentation=l1 is closer to the paper;
 - the augmentation of each category, as in configs/mvtec.py;
 - the image-level score, which is computed from the map.

@@ -1,8 +1,8 @@
 """Predicts photographs with an exported model: python predict.py PHOTO ... [--out=DIR]
 
 Needs numpy, pillow and the runtime of the model: onnxruntime for ONNX, jax and flatbuffers for
-StableHLO, tensorflow for SavedModel. The model holds patches of its training photographs: whoever
-has it can read them out of it.
+StableHLO, tensorflow for SavedModel. A model with a memory bank holds patches of its training
+photographs: whoever has it can read them out of it.
 """
 
 import argparse

@@ -77,8 +77,7 @@ def measure(
 ) -> Evaluation:
     """Computes the metrics of anomaly maps of any origin; pixels to `ignore` do not count.
 
-    The IoU of an image needs the best threshold of all images, so the maps are kept in memory and
-    resized a second time, one by one.
+    The maps are kept and resized twice: the IoU of an image needs the best threshold of all images.
 
     Args:
       predicted: for each batch of test images a tuple: the batch, the maps of its images, float32
@@ -91,7 +90,7 @@ def measure(
         "detector". `image_scores` of the results has the image metrics of both.
       native_masks: masks at the size of their files, bool [h, w] each, in the order of the images.
         If given, the pixel metrics are computed at this size; maps are resized (bilinear).
-      native_ignored: likewise the pixels to ignore, if any image has some.
+      native_ignored: likewise the pixels to ignore.
       pixel_threshold: in place of the one from held-out images, on the scale of the maps.
       image_threshold: in place of the one from held-out images, on the scale of the scores.
     """
@@ -107,27 +106,26 @@ def measure(
             rows = slice(len(images), len(images) + len(batch_maps))
             truth, left_out = native_masks[rows], native_ignored and native_ignored[rows]
         resized = [resize_map(*pair) for pair in zip(batch_maps, truth, strict=True)]
-        pairs = zip(truth, batch["has_mask"], strict=True)
-        known = [mask if has_mask else None for mask, has_mask in pairs]
+        has_masks = zip(truth, batch["has_mask"], strict=True)
+        known = [mask if has_mask else None for mask, has_mask in has_masks]
         pixels.add(resized, known, types, left_out)
-        left_out = [None] * len(types) if left_out is None else list(left_out)
+        left_out = left_out if left_out is not None else [None] * len(types)
         if pixel_threshold is not None:
             for image_map, mask, name, out in zip(resized, known, types, left_out, strict=True):
                 if mask is not None:
                     at_threshold.add(image_map >= np.float32(pixel_threshold), mask, name, out)
         maps += list(batch_maps)
         truths += list(truth)
-        ignored += left_out
+        ignored += list(left_out)
         images += image_rows(batch, batch_scores, image_score)
     pixel = pixels.result(curve_points=CURVE_POINTS)
     curves, scale = pixel.pop("curves"), metadata.get("map_scale")
     scores, labels = (np.array([row[key] for row in images]) for key in ("score", "label"))
     results = join_metrics(metrics.image_metrics(scores, labels), pixel)
-    if results["image_auroc"] is not None:
-        curves |= metrics.image_curves(scores, labels)
+    curves |= metrics.image_curves(scores, labels) if results["image_auroc"] is not None else {}
     shown = select_shown_thresholds(results, thresholds, scale)
-    threshold = shown["region"]["threshold"]
-    regions = measure_regions(images, maps, truths, ignored, threshold, image_size)
+    level = shown["region"]["threshold"]
+    regions = measure_regions(images, maps, truths, ignored, level, image_size)
     if pixel_threshold is not None:
         thresholds["pixel"]["threshold"] = float(np.float32(pixel_threshold))
         thresholds["pixel"] |= at_threshold.metrics(pixel["not_available"].get("iou"))
@@ -142,7 +140,7 @@ def measure(
         for kind in IMAGE_SCORES
         if kind == "map" or any(row[f"score_{kind}"] is not None for row in images)
     }
-    results |= {"test_images": len(images)} | metadata
+    results |= {"test_images": len(images), **metadata}
     results |= {"thresholds": thresholds, "shown_thresholds": shown}
     results["warnings"] = check_thresholds(thresholds, maps, scores)
     return Evaluation(results, images, to_eight_bits(maps, scale, image_size), regions, curves)

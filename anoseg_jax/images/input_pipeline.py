@@ -1,6 +1,7 @@
 """Images from files or from TFDS to numpy batches, by tf.data.
 
-No other module of anoseg_jax imports TensorFlow at the top of its file. Images stay uint8 until they are on the device.
+No other module of anoseg_jax imports TensorFlow at the top of its file. Images stay uint8
+until they are on the device.
 """
 
 import contextlib

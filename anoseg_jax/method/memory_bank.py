@@ -6,8 +6,7 @@ like it. Images are float [b, h, w, 3] in [0, 1] unless stated otherwise. An ima
 position in the sorted list of all good training images (`images.batches`): in training the
 distances are leave-one-out, because an image has no unusual patches where it is in the bank itself.
 
-The bank is built once for each category, before training; on the host where that is faster than
-compiling.
+The bank is built once a category, on the host where that is faster than compiling.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -340,10 +339,7 @@ def build(
     coords: bool,
     make_examples: Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]],
 ) -> MemoryBank:
-    """Builds the memory bank of good images.
-
-    The last bits can differ between types of CPUs. With several processes train.py broadcasts the
-    bank of the main process.
+    """Builds the memory bank; train.py broadcasts it, as last bits can differ between CPUs.
 
     Args:
       images: good images that are trained on, uint8 [n, h, w, 3].
