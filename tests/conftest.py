@@ -26,7 +26,7 @@ QUIET = (
 ).split()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="the browser test needs playwright: pip install playwright"
