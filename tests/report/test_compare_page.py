@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from result_files import write_results
-from test_report import Page, open_page
+from test_report import Page, open_page  # noqa: F401
 
 from anoseg_jax.evaluation import evaluate
 from anoseg_jax.evaluation.results import write_evaluation
