@@ -349,3 +349,13 @@ def test_recorded_thresholds_are_of_images_that_were_held_out(trained):
     other = TrainedModel(trained[1], top_fraction=0.5)
     assert other.record["thresholds"]["image"]["threshold"] is None
     assert predictor.record["thresholds"] == recorded == trained[1].record["thresholds"]
+
+
+def test_validation_images_make_the_thresholds_and_nothing_is_held_out(tmp_path):
+    config = tiny_config.get_config("bolt")
+    config.memory_bank.size, config.num_steps = 0, 2
+    images = np.random.default_rng(0).integers(0, 255, (7, 32, 32, 3), np.uint8)
+    saved = train.fit(config, images[:4], tmp_path, validation=images[4:])
+    assert saved.record["thresholds"]["image"]["images"] == 3
+    with pytest.raises(loop.TrainingError, match="images_sha256"):
+        train.fit(config, images[:4], tmp_path, validation=images[5:])
