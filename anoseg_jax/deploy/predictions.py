@@ -21,11 +21,11 @@ from etils.epath import Path
 from PIL import Image
 
 from anoseg_jax import UsageError
-from anoseg_jax.deploy import drawing
 from anoseg_jax.deploy.photographs import Photographs
 from anoseg_jax.deploy.prediction import UNREADABLE, Prediction, Unreadable
 from anoseg_jax.deploy.predictions_page import MAX_REASONS, Card, Summary, draw_panels, write_page
 from anoseg_jax.deploy.predictor import Predictor, Reading, decode
+from anoseg_jax.images import drawing
 from anoseg_jax.images.decode import LayoutError, printable
 from anoseg_jax.images.folders import names_of
 

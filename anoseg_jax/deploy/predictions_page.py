@@ -11,8 +11,8 @@ import numpy as np
 from etils.epath import Path
 from PIL import Image
 
-from anoseg_jax.deploy import drawing
 from anoseg_jax.deploy.prediction import DEFECTIVE, GOOD, UNREADABLE, Prediction
+from anoseg_jax.images import drawing
 from anoseg_jax.running.files import write_text
 
 MAX_CARDS = 300  # the highest scores

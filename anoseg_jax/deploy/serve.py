@@ -19,12 +19,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 from PIL import Image
 
-from anoseg_jax.deploy import drawing
 from anoseg_jax.deploy.export import describe
 from anoseg_jax.deploy.prediction import Prediction
 from anoseg_jax.deploy.predictions import MAX_REGIONS
 from anoseg_jax.deploy.predictions_page import render
 from anoseg_jax.deploy.predictor import Loaded, Predictor
+from anoseg_jax.images import drawing
 from anoseg_jax.images.decode import LayoutError
 
 MAPS = ("none", "small", "full")

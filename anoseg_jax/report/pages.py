@@ -21,8 +21,9 @@ from anoseg_jax.evaluation.results import (
     read_optional,
     read_results,
 )
+from anoseg_jax.images.drawing import FOUND, colour_scale
 from anoseg_jax.report import templates
-from anoseg_jax.report.panels import PREDICTION, TRUTH, colour_scale, draw_gallery
+from anoseg_jax.report.panels import TRUTH, draw_gallery
 from anoseg_jax.report.plots import draw_curves, draw_training, types_of
 from anoseg_jax.report.verdicts import VERDICTS, make_cards, shown_threshold
 from anoseg_jax.running.files import write_text
@@ -132,7 +133,7 @@ def render(template: str = "report.html.jinja", **values: Any) -> str:
         verdict_names=VERDICTS,
         scale=colour_scale(),
         truth_colour=f"rgb{TRUTH}",
-        prediction_colour=f"rgb{PREDICTION}",
+        prediction_colour=f"rgb{FOUND}",
         **values,
     )
 

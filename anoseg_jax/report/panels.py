@@ -5,17 +5,16 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
 from anoseg_jax.evaluation.metrics import resize_region
 from anoseg_jax.evaluation.results import ARRAYS
+from anoseg_jax.images.drawing import COLOURS, FOUND
 from anoseg_jax.report.verdicts import Card
 
-COLOURS = matplotlib.colormaps["inferno"]
-TRUTH, PREDICTION = (0, 200, 80), (255, 60, 60)  # colours of outlines
+TRUTH = (0, 200, 80)  # colour of its outline
 PANEL_PIXELS = 30e6  # of all panels of a gallery together: about 6 MB of JPEG
 SMALL = 192  # pixels: the height that smaller images are enlarged to
 
@@ -30,9 +29,9 @@ def outline(image: Image.Image, region: np.ndarray, colour: tuple[int, int, int]
 
 def overlay(image: Image.Image, region: np.ndarray) -> Image.Image:
     """Tints a region of an image, bool [h, w], and draws its edge."""
-    tint = Image.blend(image, Image.new("RGB", image.size, PREDICTION), 0.25)
+    tint = Image.blend(image, Image.new("RGB", image.size, FOUND), 0.25)
     tinted = Image.composite(tint, image, Image.fromarray(region.astype(np.uint8) * 255))
-    return outline(tinted, region, PREDICTION)
+    return outline(tinted, region, FOUND)
 
 
 def draw_panels(
@@ -50,7 +49,7 @@ def draw_panels(
     h, w = image_map.shape
     width = max(1, round(height * w / h))
     photo = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
-    heat = Image.fromarray(np.asarray(COLOURS(image_map, bytes=True))[..., :3])
+    heat = Image.fromarray(COLOURS[image_map])
     truth = "truth" if mask.any() else "truth: no defect"
     if not card.has_mask:
         truth = "truth: not known"
@@ -89,11 +88,3 @@ def draw_gallery(
         if total <= max_bytes or height <= 16:
             return gallery
         height = max(16, int(0.95 * height * (max_bytes / total) ** 0.5))
-
-
-def colour_scale() -> str:
-    """Returns the colours of maps from 0 to 1, left to right, as a data: URI."""
-    row = np.asarray(COLOURS(np.arange(256, dtype=np.uint8), bytes=True))[None, :, :3]
-    buffer = io.BytesIO()
-    Image.fromarray(np.repeat(row, 8, axis=0)).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -12,8 +12,9 @@ from result_files import write_results
 from anoseg_jax.evaluation import evaluate
 from anoseg_jax.evaluation.metrics import METRICS
 from anoseg_jax.evaluation.results import write_evaluation
+from anoseg_jax.images import drawing
 from anoseg_jax.method import predict, thresholds
-from anoseg_jax.report import pages, panels, pictures
+from anoseg_jax.report import pages, pictures
 
 
 class FixedPredictor:
@@ -250,7 +251,7 @@ def test_maps_in_a_narrow_range_have_one_iou_in_all_files_and_regions(
     pictures.write_pictures(folder / "pictures", evaluation, small_batch, 1)
     sheet = np.asarray(Image.open(folder / "pictures" / "best_00_dent_2.png"))
     found = sheet[40:, -264:].reshape(-1, 3)  # the last panel
-    assert (found == panels.PREDICTION).all(axis=1).any()
+    assert (found == drawing.FOUND).all(axis=1).any()
 
 
 def test_scores_of_one_8_bit_level_are_told_apart(small_batch):
