@@ -25,20 +25,16 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+import torch_case  # noqa: E402
 import torch_reference  # noqa: E402
 import torch_replay  # noqa: E402
+from torch_case import to_tensor  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from anoseg_jax.interop import replay  # noqa: E402
 from anoseg_jax.method import losses, memory_bank, models, predict, train_state  # noqa: E402
 from configs import cpu  # noqa: E402
 
 Contest = tuple[Callable[[], object], Callable[[], object], float]  # ours, twin, FLOPs
-
-
-def tensor(array: np.ndarray) -> torch.Tensor:
-    """Returns an array as a tensor, images as [b, c, h, w]."""
-    return torch.from_numpy(np.array(replay.to_nchw(array)))
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -87,7 +83,7 @@ def convolution(batch: int, side: int, inputs: int, outputs: int) -> dict[str, C
     x, kernel, gradient = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
     forward = jax.jit(convolve)
     by_kernel = jax.jit(lambda g: jax.vjp(partial(convolve, x), kernel)[1](g))
-    images, gradients = tensor(x), tensor(gradient)
+    images, gradients = to_tensor(x), to_tensor(gradient)
     weight = torch.from_numpy(np.array(kernel).transpose(3, 2, 0, 1).copy())
 
     def twin() -> torch.Tensor:
@@ -114,22 +110,12 @@ class Case:
         config.image_size = (side, side)
         config.batch_size = self.batch_size = max(1, 16 * 128**2 // side**2)
         self.config = config
-        rng = np.random.default_rng(0)
-        shape = (self.batch_size, side, side)
-        good, masks = rng.uniform(size=(*shape, 3)), np.zeros(shape)
-        masks[:, : side // 8, : side // 8] = 1
-        defective = np.where(masks[..., None] > 0, 1 - good, good)
-        self.uint8 = np.uint8(255 * good)
-        images = {"good": good, "defective": defective, "masks": masks}
-        self.examples = {name: jnp.asarray(x, jnp.float32) for name, x in images.items()}
-        self.examples["image_ids"] = jnp.arange(self.batch_size)
-        self.twin_examples = {name: tensor(x) for name, x in self.examples.items()}
-        # The twin's initial weights serve both; its memory bank is random.
-        generator, discriminator = torch_reference.create(config)
-        for bank in (generator.memory, generator.coarse_memory):
-            for array in bank.buffers():
-                array += torch.from_numpy(rng.normal(size=array.shape)).to(array.dtype)
-        self.training = torch_reference.Training(generator, discriminator, config)
+        examples = torch_case.draw_examples(self.batch_size, config.image_size)
+        self.uint8 = np.uint8(255 * examples["good"])
+        self.examples = {name: jnp.asarray(x) for name, x in examples.items()}
+        self.twin_examples = {name: to_tensor(x) for name, x in examples.items()}
+        # The twin's initial weights and its random memory bank serve both.
+        self.training = torch_case.create_training(config)
         weights = {
             f"{player}.{name}": x.detach().numpy()
             for player in train_state.TrainState.PLAYERS
@@ -178,7 +164,7 @@ class Case:
             top_fraction=top,
         )
         variables = {"params": self.state.generator, "memory_bank": self.state.memory_bank}
-        ours, twin_images = jax.jit(apply), tensor(self.uint8)
+        ours, twin_images = jax.jit(apply), to_tensor(self.uint8)
 
         def twin() -> tuple[torch.Tensor, ...]:
             images = twin_images.float() / 255
@@ -191,7 +177,7 @@ class Case:
         self, name: str, apply: Callable, params: dict, module: torch.nn.Module, *inputs: jax.Array
     ) -> dict[str, Contest]:
         """Returns a part of a step: forward, and with the gradient by its parameters, if any."""
-        twin_inputs = [tensor(array) for array in inputs]
+        twin_inputs = [to_tensor(array) for array in inputs]
         flops = self.count_flops(apply, params, *inputs, loops=int(name.startswith("bank")))
         forward = jax.jit(apply)
 
@@ -262,7 +248,7 @@ class Case:
         masks, twin_masks = self.examples["masks"], self.twin_examples["masks"]
         logits = jnp.asarray(np.random.default_rng(0).normal(size=masks.shape), jnp.float32)
         focal = jax.jit(jax.grad(lambda x: losses.segmentation_focal(logits=x, masks=masks)))
-        twin_logits = tensor(logits).requires_grad_()
+        twin_logits = to_tensor(logits).requires_grad_()
 
         def twin() -> tuple[torch.Tensor, ...]:
             loss = torch_reference.segmentation_loss(twin_logits, twin_masks, "focal")
