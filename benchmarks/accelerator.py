@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 BEGAN = time.monotonic()
 # Several programs, and PyTorch in this one, share the accelerator's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Waiting threads of PyTorch would otherwise spin and take the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import category_arrays  # noqa: E402
 import curve_tables  # noqa: E402
@@ -214,9 +216,9 @@ def run_all(arguments: argparse.Namespace, of_timing: Run, runs: Sequence[Run]) 
     read, begin = make_reader(), make_begin()
 
     def write(line: str) -> None:
-        print(line, flush=True)
         files.write_text(out / "table.json", json.dumps(table, indent=1) + "\n")
         files.write_text(out / "table.md", curve_tables.to_markdown(table))
+        print(line, flush=True)  # last: what is shown is in the files
 
     write(curve_tables.machine_line(table["machine"]))
     if arguments.timing:

@@ -13,7 +13,7 @@ TIMING_NOTE = (
     "compiles, or loads from the cache."
 )
 CURVE_NOTE = (
-    "Seconds of training alone; averaged weights. Losses and gradient norms: median / 99th "
+    "Seconds of training alone, without evaluations; averaged weights. Losses and gradient norms: median / 99th "
     "percentile of the steps since the row before."
 )
 
@@ -59,8 +59,8 @@ def curve_line(row: Row, names: Sequence[str] | None = None) -> str:
     metrics = ["–" if row[name] is None else f"{row[name]:.3f}" for name in METRICS]
     values = row["metrics_of_steps"]
     names = sorted(values) if names is None else names
-    pairs = [values.get(name) for name in names]
-    cells = [f"{pair['median']:.3g} / {pair['p99']:.3g}" if pair else "" for pair in pairs]
+    pairs = [values.get(name) for name in names]  # None: not finite, or not of this row
+    cells = [f"{pair['median']:.3g} / {pair['p99']:.3g}" if pair else "–" for pair in pairs]
     return to_line([f"{row['step']:,}", f"{row['seconds']:.1f}", *metrics, *cells])
 
 

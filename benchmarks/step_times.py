@@ -116,6 +116,8 @@ def twin_call(case: Case, config: ConfigDict) -> tuple[Callable[[], Any], Callab
         module.to(device)
     examples = torch_case.draw_examples(case.batch_size, tuple(config.image_size))
     examples = {name: torch_case.to_tensor(x).to(device) for name, x in examples.items()}
+    if case.program == COMPILED:
+        torch._dynamo.reset()  # or a second batch size would compile for sizes that vary
     if case.what == STEP:
         if case.program == COMPILED:
             import torch._functorch.config

@@ -90,10 +90,12 @@ def test_logits(
     }
 
 
-def summarize(window: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Returns median and 99th percentile of each of the step's metrics."""
+def summarize(window: Mapping[str, list[float]]) -> dict[str, dict[str, float] | None]:
+    """Returns median and 99th percentile of each of the step's metrics; None if not all finite."""
     return {
         name: dict(zip(("median", "p99"), np.percentile(values, (50, 99)).tolist(), strict=True))
+        if np.isfinite(values).all()
+        else None
         for name, values in window.items()
     }
 
