@@ -22,7 +22,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,6 +167,16 @@ def make_reader() -> Callable[[Run], category_arrays.Images]:
     return read
 
 
+def announce(curve: Iterator[Any], num_steps: int) -> Iterator[Any]:
+    """Yields the rows of a curve and says what it waits for."""
+    for step in training_curve.evaluation_steps(num_steps):
+        with progress.waiting(f"training to step {step:,} of {num_steps:,}", "then evaluating"):
+            row = next(curve, None)
+        if row is None:
+            return
+        yield row
+
+
 def train_run(
     run: Run,
     images: category_arrays.Images,
@@ -192,7 +202,7 @@ def train_run(
     }
     rows = [({"step": 0, "seconds": 0.0, **before, "metrics_of_steps": {}}, training.state)]
     curve = training_curve.train_along(training, images.test, deadline)
-    for row, of_row in itertools.chain(rows, curve):
+    for row, of_row in itertools.chain(rows, announce(curve, run.config.num_steps)):
         if len(record["rows"]) == 1:
             print(*curve_tables.header(sorted(row["metrics_of_steps"])), sep="\n")
         record["rows"].append(row | {"elapsed": time.monotonic() - BEGAN})

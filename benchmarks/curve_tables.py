@@ -13,8 +13,8 @@ TIMING_NOTE = (
     "compiles, or loads from the cache."
 )
 CURVE_NOTE = (
-    "Seconds of training alone, without evaluations; averaged weights. Losses and gradient norms: median / 99th "
-    "percentile of the steps since the row before."
+    "Seconds of training alone, without evaluations; averaged weights. Losses and gradient norms: "
+    "median / 99th percentile of the steps since the row before."
 )
 
 

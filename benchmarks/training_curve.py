@@ -178,6 +178,11 @@ def fill_steps(training: Training, test: Mapping[str, np.ndarray], deadline: flo
     return steps
 
 
+def evaluation_steps(num_steps: int) -> list[int]:
+    """Returns the steps after which a training is evaluated, in order."""
+    return sorted({max(1, round(share * num_steps)) for share in SHARES})
+
+
 def train_along(
     training: Training, test: Mapping[str, np.ndarray], deadline: float
 ) -> Iterator[tuple[Row, Any]]:
@@ -189,7 +194,7 @@ def train_along(
     of a step that is not finite.
     """
     config, window = training.config, collections.defaultdict(list)
-    evaluated = {max(1, round(share * config.num_steps)) for share in SHARES}
+    evaluated = evaluation_steps(config.num_steps)
     options = loop.replicate(train_state.split_options(config)[1])
     state = on_devices(training.state)
     pending: list[dict[str, jax.Array]] = []  # metrics of the steps that may still run
