@@ -14,6 +14,8 @@ many steps as fit into its share of the minutes that are left.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
@@ -142,13 +144,15 @@ def make_begin() -> Begin:
 
 def describe_machine() -> dict[str, Any]:
     """Returns the device and the versions that the numbers depend on."""
-    device = jax.local_devices()[0]
+    device, packages = jax.local_devices()[0], versions.versions()
+    if importlib.util.find_spec("torch") is not None:
+        packages["torch"] = importlib.metadata.version("torch")
     return {
         "device": device.device_kind,
         "platform": device.platform,
         "devices": jax.local_device_count(),
         "cpu_cores": len(os.sched_getaffinity(0)),
-        "versions": versions.versions(),
+        "versions": packages,
     }
 
 
