@@ -81,6 +81,7 @@ def check(config: ConfigDict, *, training: bool = True) -> None:
     for key, value, choices in (
         ("defects.preset", config.defects.preset, defects.PRESETS),
         ("loss.segmentation", config.loss.segmentation, losses.SEGMENTATION),
+        ("loss.reconstruction", config.loss.reconstruction, losses.RECONSTRUCTION),
         ("loss.adversarial", config.loss.adversarial, losses.ADVERSARIAL),
         ("evaluate.image_score", config.evaluate.image_score, ("map", "detector")),
         ("dataset", config.dataset, ("folder", "mvtec_ad", "synthetic_ad")),

@@ -65,6 +65,7 @@ def get_config() -> ConfigDict:
     config.learning_rate = 1e-3
     config.warmup_steps = 200
     config.weight_decay = 1e-4
+    # Of the gradients of each network: anomaly head, reconstructor, discriminator, detector.
     config.clip_norm = 1.0
     # The discriminator's learning rate, relative to the generator's.
     config.discriminator_scale = 0.2
@@ -112,10 +113,18 @@ def get_config() -> ConfigDict:
     # Without both (an ablation) the generator predicts the map from the image alone.
     config.loss = ConfigDict()
     config.loss.segmentation = "focal"  # or "l1", "bce"
+    # "restoration": the good image under the defect, too; "masked_l1": the paper's, outside of it.
+    config.loss.reconstruction = "restoration"
     config.loss.adversarial = "bce"  # or "hinge"
     config.loss.segmentation_weight = 1.0
-    config.loss.adversarial_weight = 0.01
     config.loss.reconstruction_weight = 1.0
+    # With limit_adversarial, what each example's outputs learn from the discriminator is at most
+    # this fraction of what a mean absolute error would teach them: it cannot run away.
+    config.loss.adversarial_weight = 0.1
+    config.loss.limit_adversarial = True
+    # Of the discriminator's slope: it keeps a discriminator that wins from growing without bound.
+    # 0 switches it off.
+    config.loss.gradient_penalty = 1.0
 
     # Image-level detector (detector.py): trained after the generator, on good images and its maps.
     # Depth, coordinates, precision and discriminator are those of config.model.
@@ -126,8 +135,8 @@ def get_config() -> ConfigDict:
     # Channels at half the image's size, a multiple of 8, and of the bottleneck.
     config.detector.width = 32
     config.detector.latent = 32
-    # Weights of its losses; the adversarial loss is of the kind that loss.adversarial names.
-    config.detector.adversarial_weight = 0.01
+    # Weights of its losses; the adversarial loss has the form that config.loss describes.
+    config.detector.adversarial_weight = 0.1
     config.detector.reconstruction_weight = 1.0
 
     # Synthetic defects (defects.py).
@@ -139,8 +148,8 @@ def get_config() -> ConfigDict:
     config.defects.normal_fraction = 0.25
     # Where the background is plain, defects begin on the object (presets "default", "objects").
     config.defects.on_object = True
-    # In all kinds, min_change is in standard deviations of the image; smaller changes are undone
-    # and not marked.
+    # In all kinds, min_change is in standard deviations of a pixel's surroundings; smaller changes
+    # are undone and not marked.
     paste = {
         "regions": 3,  # at most
         "area": (0.0005, 0.05),  # smallest and largest, as fractions of the image
@@ -176,7 +185,7 @@ def get_config() -> ConfigDict:
             "lines": 3,  # at most
             "length": (0.03, 0.6),  # of the image's shorter side
             "thickness": (0.006, 0.025),  # likewise
-            "amount": (0.3, 3.0),  # in standard deviations of the image
+            "amount": (0.3, 3.0),  # in standard deviations of the surroundings
             "min_change": 0.3,
         }
     )
@@ -184,19 +193,46 @@ def get_config() -> ConfigDict:
         {
             "depth": (0.1, 1.5),
             "softness": 1.0,
-            "amount": (0.3, 3.0),  # of tint and noise, in standard deviations of the image
+            "amount": (0.3, 3.0),  # of tint and noise, likewise
             "radius": 3,  # of the blur, in pixels
             "min_change": 0.3,
         }
     )
+    config.defects.random_texture = ConfigDict(
+        {
+            "depth": (0.1, 1.2),
+            "softness": 0.7,
+            "amount": (0.5, 8.0),  # contrast of the texture, in that of the surroundings
+            "opacity": (0.2, 1.0),
+            "min_change": 0.3,
+        }
+    )
+    config.defects.foreign_structure = ConfigDict(
+        {
+            "depth": (0.1, 1.2),
+            "softness": 0.7,
+            "gain": (0.7, 1.5),  # of the structure's contrast
+            "min_change": 0.3,
+        }
+    )
+    config.defects.displacement = ConfigDict(
+        {
+            "depth": (0.3, 1.5),
+            "softness": 1.0,
+            "distance": (0.015, 0.08),  # of the image's height
+            "min_change": 0.5,
+        }
+    )
 
-    # Changes that keep a good part good (augment.py). All off: it depends on the part.
+    # Changes that keep a good part good (augment.py). But for the light, it depends on the part.
     config.augment = ConfigDict()
     config.augment.flip_horizontal = False
     config.augment.flip_vertical = False
     config.augment.rotation = 0.0  # degrees, either way
     config.augment.shift = 0.0  # of height and width, either way
-    config.augment.brightness = 0.0  # relative, either way
+    # Of gamma and contrast, relative, either way; of brightness and colour less. Photographs of one
+    # part differ from day to day.
+    config.augment.light = 0.1
 
     # By category: options of this file that differ there, for example
     # {"screw": {"augment": {"flip_horizontal": True}}}.

@@ -115,7 +115,9 @@ def test_the_table_has_a_row_for_each_share_of_the_steps(out):
         assert all(0 <= row[key] <= 1 for row in rows for key in training_curve.METRICS)
         assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
         for row in rows[1:]:
-            assert {"loss_segmentation", "gradient_norm_generator"} <= set(row["metrics_of_steps"])
+            assert {"loss_segmentation", "gradient_norm_anomaly_head"} <= set(
+                row["metrics_of_steps"]
+            )
             assert all(x["median"] <= x["p99"] for x in row["metrics_of_steps"].values())
         assert runs[name]["config"]["num_steps"] == runs[name]["num_steps"] == steps
     last = {name: set(record["rows"][-1]["metrics_of_steps"]) for name, record in runs.items()}

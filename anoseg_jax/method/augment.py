@@ -9,29 +9,23 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from anoseg_jax.method.shapes import is_grey, sample
+
 
 def warp(image: Array, angle: Array, offset: Array) -> Array:
     """Rotates about the centre by `angle` (radians), then shifts by `offset` (rows, columns).
 
     Bilinear interpolation. Pixels from outside the image repeat the nearest pixel of the edge.
     """
-    h, w, c = image.shape
+    h, w, _ = image.shape
     rows = jnp.arange(h)[:, None] - (h - 1) / 2 - offset[0]
     columns = jnp.arange(w)[None, :] - (w - 1) / 2 - offset[1]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    rows, columns = (
-        jnp.clip(cos * rows + sin * columns + (h - 1) / 2, 0, h - 1),
-        jnp.clip(cos * columns - sin * rows + (w - 1) / 2, 0, w - 1),
+    return sample(
+        image,
+        cos * rows + sin * columns + (h - 1) / 2,
+        cos * columns - sin * rows + (w - 1) / 2,
     )
-    top, left = rows.astype(int), columns.astype(int)  # rounds down: none is negative
-    bottom, right = jnp.minimum(top + 1, h - 1), jnp.minimum(left + 1, w - 1)
-    down, across = (rows - top)[..., None], (columns - left)[..., None]
-    # One index for a pixel: far fewer operations to compile than indexing by row and column.
-    pixels = image.reshape(h * w, c)
-    at = lambda row, column: jnp.take(pixels, row * w + column, axis=0, mode="clip")  # noqa: E731
-    upper = at(top, left) * (1 - across) + at(top, right) * across
-    lower = at(bottom, left) * (1 - across) + at(bottom, right) * across
-    return upper * (1 - down) + lower * down
 
 
 def augment(
@@ -42,16 +36,16 @@ def augment(
     flip_vertical: Array,
     rotation: Array,
     shift: Array,
-    brightness: Array,
+    light: Array,
 ) -> Array:
-    """Flips, rotates, shifts and brightens a good image at random: [h, w, 3] in [0, 1].
+    """Flips, rotates, shifts and relights a good image at random: [h, w, 3] in [0, 1].
 
     The options are scalars, those of `config.augment`; 0 is off. Flips happen in half of the draws.
     The others are the largest change, either way. Under `jax.vmap` over images, leave the options
     unbatched: images are then warped only if `rotation` or `shift` is on.
     """
     h, w, _ = image.shape
-    uniforms = jax.random.uniform(key, (6,))
+    uniforms = jax.random.uniform(key, (11,))
     signed = 2 * uniforms - 1
     image = jnp.where((uniforms[0] < 0.5) & (flip_horizontal > 0), image[:, ::-1], image)
     image = jnp.where((uniforms[1] < 0.5) & (flip_vertical > 0), image[::-1], image)
@@ -59,4 +53,17 @@ def augment(
     offset = shift * signed[3:5] * jnp.array([h, w])
     needs_warp = jnp.logical_or(rotation > 0, shift > 0)
     image = jax.lax.cond(needs_warp, warp, lambda image, *_: image, image, angle, offset)
-    return jnp.clip(image * (1 + brightness * signed[5]), 0, 1)
+    return relight(light * signed[5:], image)
+
+
+def relight(change: Array, image: Array) -> Array:
+    """Changes gamma, contrast, brightness and colour a little, as between two days: [h, w, 3].
+
+    `change` are six numbers about 0: the logarithm of gamma, the relative change of the contrast,
+    twice that of the brightness, and, unless the image is grey, of each channel's gain times 0.3.
+    """
+    x = jnp.maximum(image, 1e-6) ** jnp.exp(change[0])  # 1e-6: no infinite slope at 0
+    mean = jnp.mean(image)
+    x = mean + (x - mean) * (1 + change[1]) + change[2] / 2
+    gain = jnp.where(is_grey(image), 1.0, 1 + 0.3 * change[3:])
+    return jnp.where(jnp.any(change != 0), jnp.clip(x * gain, 0, 1), image)

@@ -3,8 +3,8 @@
 One image at a time, float [h, w, 3] in [0, 1]. Masks are float [h, w] in {0, 1}, 1 = anomalous.
 `other` is another good image. A defect may start in `allowed_region` [h, w] (bool). What is drawn
 depends on the key alone. A mask marks exactly the pixels that differ from the good image: outside
-the mask both are equal to the bit, inside they differ by at least `min_change` standard deviations
-of the image in some channel.
+the mask both are equal to the bit, inside they differ by at least `min_change` times the
+contrast of their surroundings in some channel.
 
 Options are those of `config.defects`; configs/default.py has their values and units. They may be
 traced, except `STATIC_OPTIONS`: categories that differ in the others share one compiled program. To
@@ -29,17 +29,21 @@ from anoseg_jax.method.shapes import (
     blob,
     box_blur,
     channel_max,
+    contrast_within,
     curve,
     draw,
     find_object,
     integer,
+    is_grey,
     jitter_color,
+    local_contrast,
     log_uniform,
     permute,
     rectangle,
     roll,
     rotate,
-    standard_deviation,
+    sample,
+    texture,
     tint,
 )
 
@@ -47,14 +51,18 @@ from anoseg_jax.method.shapes import (
 STATIC_OPTIONS = ("regions", "lines", "grid", "radius")
 
 
+# Lower limit of the contrast that `min_change` is relative to.
+VISIBLE_CONTRAST = 0.06
+
+
 def visible(image: Array, defective: Array, min_change: Float) -> tuple[Array, Array]:
     """Returns the defective image and its mask; pixels that changed too little are restored.
 
-    `min_change` is relative to the image's standard deviation (0.02 if that is less): a change
-    that is visible on a dull surface is lost on one of high contrast.
+    `min_change` is relative to the contrast of a pixel's surroundings (VISIBLE_CONTRAST if that is
+    less): a change that is visible on a dull surface is lost on one of high contrast.
     """
     defective = jnp.clip(defective, 0, 1)
-    bound = min_change * jnp.maximum(standard_deviation(image), 0.02)
+    bound = min_change * jnp.maximum(local_contrast(image), VISIBLE_CONTRAST)
     changed = channel_max(jnp.abs(defective - image)) >= bound
     return jnp.where(changed[..., None], defective, image), changed.astype(image.dtype)
 
@@ -178,7 +186,7 @@ def scratch(
     curves = jax.vmap(shape, in_axes=(0, None))(uniforms, allowed_region)
     drawn = jnp.arange(lines) < 1 + integer(count, lines)
     alpha = jnp.max(curves * drawn[:, None, None], axis=0)
-    piece = tint(color, image, amount=amount)
+    piece = tint(color, image, contrast_within(image, alpha), amount=amount)
     return visible(image, image + alpha[..., None] * (piece - image), min_change)
 
 
@@ -202,17 +210,109 @@ def local_change(
     shape, change, size, color, noise = draw(
         key, image, (BLOB_NUMBERS,), (), (), (5,), (*image.shape[:2], 1)
     )
+    shapes = blob(shape, allowed_region, depth=depth, softness=softness)
+    contrast = contrast_within(image, shapes)
     noise = 2 * noise - 1
     noise += jnp.sign(noise)  # changes every pixel
-    noisy = image + standard_deviation(image) * log_uniform(size, amount) * noise
+    noisy = image + contrast * log_uniform(size, amount) * noise
     piece = jax.lax.select_n(
         integer(change, 3),
         box_blur(image, radius=radius),
         jnp.clip(noisy, 0, 1),
-        tint(color, image, amount=amount),
+        tint(color, image, contrast, amount=amount),
+    )
+    return visible(image, image + shapes[..., None] * (piece - image), min_change)
+
+
+def random_texture(
+    key: Array,
+    image: Array,
+    *,
+    other: Array,
+    allowed_region: Array,
+    depth: Range,
+    softness: Float,
+    amount: Range,
+    opacity: Range,
+    min_change: Float,
+) -> tuple[Array, Array]:
+    """Paints a texture of random spectrum and colours in smooth random shapes.
+
+    It covers the surface, in its colour there or in a random colour, or is added to it. No outside
+    images are needed (DRAEM, Zavrtanik et al., arXiv 2108.07610, takes photographs of textures).
+    `depth` and `softness` are those of `blob`; `amount` is the texture's contrast, relative to the
+    image's within the shapes.
+    """
+    shape, spectrum, color, choice, noise = draw(
+        key, image, (BLOB_NUMBERS,), (6,), (7,), (4,), image.shape[:2]
     )
     shapes = blob(shape, allowed_region, depth=depth, softness=softness)
+    grey = is_grey(image)
+    direction = jnp.where(grey | (choice[0] < 0.5), 1.0, 2 * color[:3] - 1)
+    size = contrast_within(image, shapes) * log_uniform(color[6], amount)
+    pattern = size * texture(spectrum, noise - 0.5)[..., None] * direction
+    mean_color = jnp.sum(image * shapes[..., None], (0, 1)) / (jnp.sum(shapes) + 1e-6)
+    random_color = jnp.where(grey, color[3], color[3:6])
+    covering = jnp.where(choice[1] < 0.5, mean_color, random_color)
+    piece = jnp.clip(jnp.where(choice[2] < 0.4, image, covering) + pattern, 0, 1)
+    alpha = between(choice[3], opacity) * shapes
+    return visible(image, image + alpha[..., None] * (piece - image), min_change)
+
+
+def foreign_structure(
+    key: Array,
+    image: Array,
+    *,
+    other: Array,
+    allowed_region: Array,
+    depth: Range,
+    softness: Float,
+    gain: Range,
+    min_change: Float,
+) -> tuple[Array, Array]:
+    """Replaces the fine structure in smooth random shapes by that of another place or image.
+
+    Brightness and colour stay, so that no edge gives the piece away (the aim of the Poisson
+    blending of NSA, Schluter et al., arXiv 2109.15222). `gain` is the factor of the structure's
+    contrast; `depth` and `softness` are those of `blob`.
+    """
+    shape, turn, shift, choice = draw(key, image, (BLOB_NUMBERS,), (), (2,), (3,))
+    source = jnp.where(choice[0] < 0.5, other, image)
+    source = roll(shift, jnp.where(choice[1] < 0.5, rotate(turn, source), source))
+    # Twice: nearly a Gaussian.
+    radius = max(2, image.shape[0] // 16)
+    smooth = lambda x: box_blur(box_blur(x, radius=radius), radius=radius)  # noqa: E731
+    structure = log_uniform(choice[2], gain) * (source - smooth(source))
+    piece = jnp.clip(smooth(image) + structure, 0, 1)
+    shapes = blob(shape, allowed_region, depth=depth, softness=softness)
     return visible(image, image + shapes[..., None] * (piece - image), min_change)
+
+
+def displacement(
+    key: Array,
+    image: Array,
+    *,
+    other: Array,
+    allowed_region: Array,
+    depth: Range,
+    softness: Float,
+    distance: Range,
+    min_change: Float,
+) -> tuple[Array, Array]:
+    """Pushes the image aside in smooth random shapes: bent, dented and shifted pieces.
+
+    `distance` is the largest shift, as a fraction of the image's height (log-uniform); `depth` and
+    `softness` are those of `blob`.
+    """
+    shape, move = draw(key, image, (BLOB_NUMBERS,), (2,))
+    h, w, _ = image.shape
+    shapes = blob(shape, allowed_region, depth=depth, softness=softness)
+    shift = shapes * h * log_uniform(move[0], distance)
+    angle = 2 * jnp.pi * move[1]
+    rows = jnp.arange(h)[:, None] + jnp.sin(angle) * shift
+    columns = jnp.arange(w) + jnp.cos(angle) * shift
+    piece = jnp.where((shapes > 0)[..., None], sample(image, rows, columns), image)
+    return visible(image, piece, min_change)
 
 
 # Every kind of defect: `config.defects.<name>` holds its options; the tests run over this dict.
@@ -222,6 +322,9 @@ DEFECTS = {
     "foreign_texture": foreign_texture,
     "scratch": scratch,
     "local_change": local_change,
+    "random_texture": random_texture,
+    "foreign_structure": foreign_structure,
+    "displacement": displacement,
 }
 
 
@@ -236,15 +339,41 @@ class Preset(NamedTuple):
 PRESETS = {
     # Some of each, for unknown products.
     "default": Preset(
-        {"hard_augmentation": 4, "foreign_texture": 2, "scratch": 2, "local_change": 2}, True
+        {
+            "hard_augmentation": 2,
+            "foreign_texture": 2,
+            "scratch": 2,
+            "local_change": 2,
+            "random_texture": 2,
+            "foreign_structure": 2,
+            "displacement": 1,
+        },
+        True,
     ),
     # Products with a shape: pieces that are missing, moved or bent, scratches.
     "objects": Preset(
-        {"hard_augmentation": 5, "foreign_texture": 2, "scratch": 2, "local_change": 1}, True
+        {
+            "hard_augmentation": 3,
+            "foreign_texture": 2,
+            "scratch": 2,
+            "local_change": 1,
+            "random_texture": 1,
+            "foreign_structure": 2,
+            "displacement": 2,
+        },
+        True,
     ),
     # Surfaces without a shape: stains, scratches, patches of another grain.
     "textures": Preset(
-        {"hard_augmentation": 2, "foreign_texture": 3, "scratch": 2, "local_change": 3}, False
+        {
+            "hard_augmentation": 1,
+            "foreign_texture": 2,
+            "scratch": 2,
+            "local_change": 3,
+            "random_texture": 3,
+            "foreign_structure": 2,
+        },
+        False,
     ),
     "paper": Preset({"hard_augmentation": 1}, False),
     "plain": Preset({"cut_and_paste": 1}, False),  # the ablation: no hard augmentation

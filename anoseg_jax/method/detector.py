@@ -58,7 +58,7 @@ class StaticOptions(NamedTuple):
     generator: nn.Module
     detector: nn.Module
     discriminator: nn.Module
-    adversarial: str
+    adversarial: losses.Adversarial | None
     bank: BankOptions
     accumulate: int
     remat: bool
@@ -89,7 +89,7 @@ def split_options(config: ConfigDict) -> tuple[StaticOptions, dict[str, Any]]:
         generator=generator,
         detector=detector,
         discriminator=discriminator,
-        adversarial=options.loss.adversarial if options.loss.adversarial_weight else "",
+        adversarial=train_state.adversarial_form(options.loss, options.loss.adversarial_weight),
         bank=predict.bank_options(config.memory_bank),
         accumulate=config.accumulate,
         remat=config.remat,
@@ -109,7 +109,8 @@ def make_examples(
     """
     images = batch["image"].astype(jnp.float32) / 255
     keys = train.example_keys(key, len(images), axis_name)
-    images = jax.vmap(partial(augment.augment, **options["augment"]))(keys, images)
+    augment_keys, noise_keys = jax.vmap(jax.random.split)(keys).swapaxes(0, 1)
+    images = jax.vmap(partial(augment.augment, **options["augment"]))(augment_keys, images)
     logits, _ = predict.generator_logits(
         options["params"],
         options["memory_bank"],
@@ -118,7 +119,10 @@ def make_examples(
         generator=static.generator,
         options=static.bank,
     )
-    return {"images": images, "maps": jax.lax.stop_gradient(nn.sigmoid(logits))}
+    examples = {"images": images, "maps": jax.lax.stop_gradient(nn.sigmoid(logits))}
+    if static.adversarial and static.adversarial.penalized:
+        examples["noise"] = train.penalty_noise(noise_keys, images)
+    return examples
 
 
 def loss_fn(
@@ -137,11 +141,17 @@ def loss_fn(
     if not static.adversarial:
         return (total, jnp.zeros(())), terms
     discriminator_fn = models.apply_fn(static.discriminator, remat=static.remat)
-    terms["loss_adversarial"], terms["loss_discriminator"] = losses.adversarial(
-        discriminator_fn, discriminator_params, kind=static.adversarial, fake=fake, real=real
+    adversarial, discriminator_loss, adversarial_terms = losses.adversarial(
+        discriminator_fn,
+        discriminator_params,
+        form=static.adversarial,
+        fake=fake,
+        real=real,
+        noise=examples.get("noise"),
+        penalty_weight=weights["gradient_penalty"],
     )
-    total += weights["adversarial_weight"] * terms["loss_adversarial"]
-    return (total, terms["loss_discriminator"]), terms
+    total += weights["adversarial_weight"] * adversarial
+    return (total, discriminator_loss), terms | adversarial_terms
 
 
 def train_step(

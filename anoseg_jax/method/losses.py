@@ -6,7 +6,8 @@ that the mean over devices equals the value of the whole batch. Masks and maps a
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,15 +34,46 @@ def segmentation_focal(*, logits: Array, masks: Array) -> Array:
     return 4 * jnp.mean(optax.sigmoid_focal_loss(logits, masks, alpha=0.75, gamma=2.0))
 
 
-def masked_reconstruction(*, reconstructions: Array, images: Array, masks: Array) -> Array:
+def masked_l1(*, reconstructions: Array, images: Array, masks: Array) -> Array:
     """Mean absolute error over the normal region, normalised by that region's area in each image.
 
-    An image without a normal pixel counts as 0.
+    The paper's loss. An image without a normal pixel counts as 0.
     """
     normal = 1.0 - masks  # [b, h, w]
     error = jnp.mean(jnp.abs(reconstructions - images), axis=-1)
     area = jnp.sum(normal, axis=(1, 2))
     return jnp.mean(jnp.sum(error * normal, axis=(1, 2)) / jnp.maximum(area, 1.0))
+
+
+SSIM_WINDOW = 7  # pixels a side
+
+
+def ssim(a: Array, b: Array) -> Array:
+    """Returns the mean structural similarity (Wang et al., 2004) of images in [0, 1], a scalar.
+
+    Windows are squares of equal weights, inside the image; [b, h, w, c].
+    """
+
+    def window_mean(x: Array) -> Array:
+        for window in ((1, SSIM_WINDOW, 1, 1), (1, 1, SSIM_WINDOW, 1)):
+            x = jax.lax.reduce_window(x, 0.0, jax.lax.add, window, (1, 1, 1, 1), "VALID")
+        return x / SSIM_WINDOW**2
+
+    mean_a, mean_b = window_mean(a), window_mean(b)
+    variances = window_mean(a * a) - mean_a**2 + window_mean(b * b) - mean_b**2
+    covariance = window_mean(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return jnp.mean(similarity / ((mean_a**2 + mean_b**2 + c1) * (variances + c2)))
+
+
+def restoration(*, reconstructions: Array, images: Array, masks: Array) -> Array:
+    """Mean absolute error plus 1 - SSIM over the whole image: the good image under the defect, too.
+
+    As in DRAEM (Zavrtanik et al., arXiv 2108.07610), with the absolute error in place of the
+    squared one. `masks` are not used.
+    """
+    return jnp.mean(jnp.abs(reconstructions - images)) + 1 - ssim(reconstructions, images)
 
 
 def adversarial_bce(*, fake_logits: Array) -> Array:
@@ -64,29 +96,102 @@ def discriminator_hinge(*, real_logits: Array, fake_logits: Array) -> Array:
     return jnp.mean(jax.nn.relu(1 - real_logits)) + jnp.mean(jax.nn.relu(1 + fake_logits))
 
 
-# What `config.loss.segmentation` and `config.loss.adversarial` may name.
+# What `config.loss.segmentation`, `.reconstruction` and `.adversarial` may name.
 SEGMENTATION = {"l1": segmentation_l1, "bce": segmentation_bce, "focal": segmentation_focal}
+RECONSTRUCTION = {"masked_l1": masked_l1, "restoration": restoration}
 ADVERSARIAL = {
     "bce": (adversarial_bce, discriminator_bce),
     "hinge": (adversarial_hinge, discriminator_hinge),
 }
+
+PENALTY_STEP = 0.05  # standard deviation of the noise of `gradient_penalty`
+
+
+def gradient_penalty(
+    discriminator_fn: Callable[..., Array],
+    pair: tuple[Array, Array],
+    logits: Array,
+    noise: Array,
+) -> Array:
+    """Returns the mean squared slope of the discriminator's logits along random directions.
+
+    It estimates R1 (Mescheder et al., arXiv 1801.04406) by a difference instead of a second
+    derivative (Lin et al., arXiv 2501.08316): a discriminator that always wins grows without bound,
+    and so would its gradients. `logits` are those of the pair; `noise` is normal, [b, h, w, 4].
+    """
+    images, maps = pair
+    moved = images + PENALTY_STEP * noise[..., :3], maps + PENALTY_STEP * noise[..., 3]
+    return jnp.mean(jnp.square((discriminator_fn(*moved) - logits) / PENALTY_STEP))
+
+
+def limit_gradients(gradients: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
+    """Limits each example's gradients to the norm that a mean absolute error's would have.
+
+    Takes the gradients by the network's outputs [b, ...] of a loss that is a mean over examples.
+    Returns the limited ones, and the mean norm before, in units of the limit.
+    """
+    limited, norms = [], []
+    for gradient in gradients:
+        flat = gradient.reshape(len(gradient), -1)
+        limit = 1 / (flat.shape[0] * flat.shape[1] ** 0.5)
+        norm = jnp.sqrt(jnp.sum(jnp.square(flat), axis=1)) / limit
+        factor = 1 / jnp.maximum(norm, 1.0)
+        limited.append((flat * factor[:, None]).reshape(gradient.shape))
+        norms.append(norm)
+    return tuple(limited), jnp.mean(jnp.stack(norms))
+
+
+class Adversarial(NamedTuple):
+    """The adversarial loss; hashable.
+
+    Attributes:
+      kind: a key of `ADVERSARIAL`.
+      limited: whether `limit_gradients` limits what the network learns from the discriminator.
+      penalized: whether the discriminator's loss has the `gradient_penalty`.
+    """
+
+    kind: str
+    limited: bool
+    penalized: bool
 
 
 def adversarial(
     discriminator_fn: Callable[..., Array],
     params: Any,
     *,
-    kind: str,
+    form: Adversarial,
     fake: tuple[Array, Array],
     real: tuple[Array, Array],
-) -> tuple[Array, Array]:
-    """Returns the losses of the network that makes the fake pairs, and of the discriminator.
+    noise: Array | None,
+    penalty_weight: Array | float,
+) -> tuple[Array, Array, dict[str, Array]]:
+    """Returns what the network and the discriminator minimise, and the terms by name.
 
     `discriminator_fn` maps parameters, images [b, h, w, 3] and maps [b, h, w] to logits; `fake` and
-    `real` are such pairs of images and maps.
+    `real` are such pairs of images and maps; `noise` is that of `gradient_penalty`.
     """
-    network_side, discriminator_side = ADVERSARIAL[kind]
-    fake_logits, real_logits = (discriminator_fn(params, *pair) for pair in (fake, real))
-    return network_side(fake_logits=fake_logits), discriminator_side(
-        real_logits=real_logits, fake_logits=fake_logits
+    network_side, discriminator_side = ADVERSARIAL[form.kind]
+    fixed = jax.lax.stop_gradient(fake)
+    network_fn = partial(discriminator_fn, jax.lax.stop_gradient(params))
+    loss, gradients = jax.value_and_grad(lambda pair: network_side(fake_logits=network_fn(*pair)))(
+        fixed
     )
+    limited, norm = limit_gradients(gradients)
+    terms = {"loss_adversarial": loss, "gradient_norm_adversarial": norm}
+    # A function of the fake pair whose gradients are these.
+    chosen = limited if form.limited else gradients
+    network_loss = sum(
+        jnp.sum(jax.lax.stop_gradient(gradient) * x)
+        for gradient, x in zip(chosen, fake, strict=True)
+    )
+
+    own_fn = partial(discriminator_fn, params)
+    fake_logits, real_logits = own_fn(*fixed), own_fn(*real)
+    discriminator_loss = discriminator_side(real_logits=real_logits, fake_logits=fake_logits)
+    terms["loss_discriminator"] = discriminator_loss
+    if form.penalized:
+        penalty = gradient_penalty(own_fn, fixed, fake_logits, noise)
+        penalty += gradient_penalty(own_fn, real, real_logits, noise)
+        terms["loss_penalty"] = penalty
+        discriminator_loss += penalty_weight * penalty
+    return network_loss, discriminator_loss, terms

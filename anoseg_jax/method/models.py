@@ -158,6 +158,10 @@ class AnomalyHead(nn.Module):
         return jax.image.resize(x[..., 0], (b, 2 * h, 2 * w), "bilinear")
 
 
+# The generator's networks, by the names of their parameters.
+NETWORKS = ("reconstructor", "anomaly_head")
+
+
 class Generator(nn.Module):
     """Predicts an anomaly map and a reconstruction of the image.
 

@@ -61,6 +61,32 @@ def standard_deviation(image: Array) -> Array:
     return jnp.sqrt(jnp.mean(jnp.square(image - jnp.mean(image))))
 
 
+def local_contrast(image: Array) -> Array:
+    """Returns the standard deviation of each pixel's surroundings, [h, w]: the largest channel's.
+
+    The surroundings are a square of a twelfth of the image's height a side.
+    """
+    radius = max(2, image.shape[0] // 24)
+    squared = jnp.square(image - box_blur(image, radius=radius))
+    return jnp.sqrt(channel_max(box_blur(squared, radius=radius)))
+
+
+# Lower limit of a contrast that changes are measured in: on a plain surface, camera noise is not a
+# measure of what is visible.
+CONTRAST_FLOOR = 0.03
+
+
+def contrast_within(image: Array, shapes: Array) -> Array:
+    """Returns the mean of `local_contrast` over shapes, weighted by their opacity [h, w]."""
+    contrast = jnp.maximum(local_contrast(image), CONTRAST_FLOOR)
+    return jnp.sum(contrast * shapes) / (jnp.sum(shapes) + 1e-6)
+
+
+def is_grey(image: Array) -> Array:
+    """Returns whether all channels are equal, a bool scalar."""
+    return jnp.all(image == image[..., :1])
+
+
 def channel_max(image: Array) -> Array:
     """Returns the largest value of each pixel, [h, w]; faster than jnp.max over few channels."""
     return reduce(jnp.maximum, jnp.unstack(image, axis=-1))
@@ -157,15 +183,14 @@ def jitter_color(uniforms: Array, image: Array, strength: Sequence[Float]) -> Ar
     return jnp.clip(brightness * (mean + contrast * (colors - mean)), 0, 1)
 
 
-def tint(uniforms: Array, image: Array, *, amount: Range) -> Array:
-    """Makes the image lighter or darker, by `amount` standard deviations (log-uniform).
+def tint(uniforms: Array, image: Array, contrast: Array, *, amount: Range) -> Array:
+    """Makes the image lighter or darker, by `amount` times `contrast` (log-uniform).
 
-    Takes five uniforms. The colour of an image that is not grey also changes a little.
+    Takes five uniforms. The colour of an image that is not grey also changes.
     """
     sign = jnp.where(uniforms[0] < 0.5, 1.0, -1.0)
-    grey = jnp.all(image == image[..., :1])
-    color = jnp.where(grey, 0.0, uniforms[2:] - 0.5)
-    size = standard_deviation(image) * log_uniform(uniforms[1], amount)
+    color = jnp.where(is_grey(image), 0.0, 2 * uniforms[2:] - 1)
+    size = contrast * log_uniform(uniforms[1], amount)
     return jnp.clip(image + size * (sign + color), 0, 1)
 
 
@@ -222,6 +247,42 @@ def smooth_noise(uniforms: Array, size: tuple[int, int]) -> Array:
     field = rows @ (weight * normal) @ columns.T
     field -= jnp.mean(field)
     return field / standard_deviation(field)
+
+
+def texture(uniforms: Array, noise: Array) -> Array:
+    """Returns a texture [h, w] of mean 0 and standard deviation 1 with a random power spectrum.
+
+    White noise [h, w] is filtered: to a band of frequencies (a grain of one size, stripes), or by
+    a power law (clouds, dirt). Both are stretched along a random direction. Takes six uniforms.
+    """
+    h, w = noise.shape
+    rows, columns = np.fft.fftfreq(h)[:, None] * h, np.fft.fftfreq(w) * h  # periods per height
+    cos, sin = jnp.cos(jnp.pi * uniforms[0]), jnp.sin(jnp.pi * uniforms[0])
+    along = (cos * columns + sin * rows) * log_uniform(uniforms[1], (1.0, 6.0))
+    frequency = jnp.sqrt(along**2 + (cos * rows - sin * columns) ** 2) + 1e-3
+    octaves = jnp.log(frequency / log_uniform(uniforms[2], (1.5, h / 3)))
+    band = jnp.exp(-0.5 * jnp.square(octaves / between(uniforms[3], (0.15, 1.2))))
+    power_law = frequency ** -between(uniforms[4], (0.5, 2.5))
+    spectrum = jnp.where(uniforms[5] < 0.5, band, power_law)
+    field = jnp.real(jnp.fft.ifft2(jnp.fft.fft2(noise) * spectrum))
+    field -= jnp.mean(field)
+    return field / (standard_deviation(field) + 1e-6)
+
+
+def sample(image: Array, rows: Array, columns: Array) -> Array:
+    """Returns the pixels at fractional positions [h, w], by bilinear interpolation: [h, w, c].
+
+    Positions outside the image take the nearest pixel of the edge.
+    """
+    h, w, _ = image.shape
+    rows, columns = jnp.clip(rows, 0, h - 1), jnp.clip(columns, 0, w - 1)
+    top, left = rows.astype(int), columns.astype(int)  # rounds down: none is negative
+    bottom, right = jnp.minimum(top + 1, h - 1), jnp.minimum(left + 1, w - 1)
+    down, across = (rows - top)[..., None], (columns - left)[..., None]
+    at = lambda row, column: take_pixels(image, row * w + column)  # noqa: E731
+    upper = at(top, left) * (1 - across) + at(top, right) * across
+    lower = at(bottom, left) * (1 - across) + at(bottom, right) * across
+    return upper * (1 - down) + lower * down
 
 
 BLOB_NUMBERS = 2 + NOISE_NUMBERS

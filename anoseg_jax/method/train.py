@@ -71,10 +71,12 @@ def make_examples(
     """Makes training examples from good images: augmentation, then synthetic defects.
 
     `key` is the step's. Returns `good` images [b, h, w, 3] in [0, 1]; the same images with defects,
-    `defective`; their `masks` [b, h, w]; `image_ids` [b].
+    `defective`; their `masks` [b, h, w]; `image_ids` [b]; and, where the discriminator's loss has a
+    gradient penalty, its normal `noise` [b, h, w, 4].
     """
     images = batch["image"].astype(jnp.float32) / 255
-    keys = jax.vmap(jax.random.split)(example_keys(key, len(images), axis_name))  # [b, 2]
+    split = partial(jax.random.split, num=3)
+    keys = jax.vmap(split)(example_keys(key, len(images), axis_name))  # [b, 3]
     augment_image = partial(augment.augment, **options["augment"])
     good = jax.vmap(augment_image)(keys[:, 0], images)
     others = previous_images(images, axis_name)
@@ -92,7 +94,16 @@ def make_examples(
         default=lambda x: x,
     )
     image_ids = batch["image_id"]
-    return {"good": good, "defective": defective, "masks": masks, "image_ids": image_ids}
+    examples = {"good": good, "defective": defective, "masks": masks, "image_ids": image_ids}
+    if static.adversarial and static.adversarial.penalized:
+        examples["noise"] = penalty_noise(keys[:, 2], good)
+    return examples
+
+
+def penalty_noise(keys: Array, images: Array) -> Array:
+    """Returns the noise [b, h, w, 4] of losses.gradient_penalty for images and their maps."""
+    shape = (*images.shape[1:3], 4)
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 # One program for the memory bank, the panels and replay; the training step contains its own copy.
@@ -105,7 +116,8 @@ def loss_fn(
     """Returns the losses of the generator and of the discriminator, and each term by name.
 
     `examples` are those of `make_examples`, and their `bank_distances`. `weights` are those of the
-    loss terms; a term whose weight is zero is not computed and has no name.
+    loss terms; a term whose weight is zero is not computed and has no name. The generator's loss
+    has the right gradients, not the sum of the terms as its value (losses.adversarial).
     """
     generator_params, discriminator_params = params
     good, defective, masks = (examples[name] for name in ("good", "defective", "masks"))
@@ -117,9 +129,9 @@ def loss_fn(
     terms = {"loss_segmentation": segmentation}
     total = weights["segmentation_weight"] * segmentation
 
-    # Masked reconstruction: the good image, outside of the defects.
+    # Reconstruction of the good image; the paper's is masked: outside of the defects alone.
     if static.reconstruction:
-        terms["loss_reconstruction"] = losses.masked_reconstruction(
+        terms["loss_reconstruction"] = losses.RECONSTRUCTION[static.reconstruction](
             reconstructions=reconstructions, images=good, masks=masks
         )
         total += weights["reconstruction_weight"] * terms["loss_reconstruction"]
@@ -128,15 +140,17 @@ def loss_fn(
     # and the map outside of the defects; inside of them the map should not be empty.
     if not static.adversarial:
         return (total, jnp.zeros(())), terms
-    terms["loss_adversarial"], terms["loss_discriminator"] = losses.adversarial(
+    adversarial, discriminator_loss, adversarial_terms = losses.adversarial(
         models.apply_fn(static.discriminator, remat=static.remat),
         discriminator_params,
-        kind=static.adversarial,
+        form=static.adversarial,
         fake=(reconstructions, jax.nn.sigmoid(logits) * (1 - masks)),
         real=(good, jnp.zeros_like(masks)),
+        noise=examples.get("noise"),
+        penalty_weight=weights["gradient_penalty"],
     )
-    total += weights["adversarial_weight"] * terms["loss_adversarial"]
-    return (total, terms["loss_discriminator"]), terms
+    total += weights["adversarial_weight"] * adversarial
+    return (total, discriminator_loss), terms | adversarial_terms
 
 
 def players_gradients(
@@ -189,9 +203,17 @@ def update_players(
     gradients, metrics = players_gradients(players_loss, params, examples, static.accumulate)
     if axis_name:  # the mean over devices; the same axis_name as in loop.parallelize
         gradients, metrics = jax.lax.pmean((gradients, metrics), axis_name)
+    clipped = []
     for player, gradient in zip(state.PLAYERS, gradients, strict=True):
-        metrics[f"gradient_norm_{player}"] = optax.global_norm(gradient)
-    state = train_state.apply_gradients(state, gradients, options["optimizer"])
+        # Each network by itself: a spike in one must not shrink the gradients of another.
+        networks = {name: gradient[name] for name in models.NETWORKS if name in gradient}
+        clipped.append({})
+        for name, tree in (networks or {player: gradient}).items():
+            norm = metrics[f"gradient_norm_{name}"] = optax.global_norm(tree)
+            factor = 1 / jnp.maximum(norm / options["optimizer"]["clip_norm"], 1.0)
+            tree = jax.tree.map(lambda x, factor=factor: factor * x, tree)
+            clipped[-1].update({name: tree} if networks else tree)
+    state = train_state.apply_gradients(state, tuple(clipped), options["optimizer"])
     return state, metrics, gradients
 
 

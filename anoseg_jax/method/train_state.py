@@ -15,6 +15,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from anoseg_jax.method import defects, memory_bank, models
+from anoseg_jax.method.losses import Adversarial
 from anoseg_jax.method.memory_bank import MemoryBank, PatchGrid
 
 Arrays = Mapping[str, Array]
@@ -28,8 +29,8 @@ class StaticOptions(NamedTuple):
       generator: the module.
       discriminator: the module.
       segmentation: kind of the segmentation loss.
-      adversarial: kind of the adversarial loss; "" if its weight is zero.
-      reconstruction: whether the weight of the reconstruction loss is not zero.
+      reconstruction: kind of the reconstruction loss; "" if its weight is zero.
+      adversarial: form of the adversarial loss; None if its weight is zero.
       defects: the kinds of defects that are compiled, see `defects.split_options`.
       grid: of the memory bank's patches; None without a bank.
       accumulate: the number of chunks that each device splits its examples into.
@@ -39,8 +40,8 @@ class StaticOptions(NamedTuple):
     generator: nn.Module
     discriminator: nn.Module
     segmentation: str
-    adversarial: str
-    reconstruction: bool
+    reconstruction: str
+    adversarial: Adversarial | None
     defects: FrozenDict
     grid: PatchGrid | None
     accumulate: int
@@ -51,7 +52,17 @@ class StaticOptions(NamedTuple):
 OPTIMIZER_OPTIONS = (
     "learning_rate num_steps warmup_steps weight_decay clip_norm discriminator_scale ema_decay"
 ).split()
-LOSS_WEIGHTS = ("segmentation_weight", "reconstruction_weight", "adversarial_weight")
+LOSS_WEIGHTS = (
+    "segmentation_weight reconstruction_weight adversarial_weight gradient_penalty"
+).split()
+
+
+def adversarial_form(loss: Mapping[str, Any], weight: float) -> Adversarial | None:
+    """Returns the form of the adversarial loss of `config.loss`; None if its weight is zero."""
+    form = Adversarial(
+        loss["adversarial"], bool(loss["limit_adversarial"]), bool(loss["gradient_penalty"])
+    )
+    return form if weight else None
 
 
 def split_options(config: ConfigDict) -> tuple[StaticOptions, dict[str, Any]]:
@@ -66,8 +77,8 @@ def split_options(config: ConfigDict) -> tuple[StaticOptions, dict[str, Any]]:
         generator=generator,
         discriminator=discriminator,
         segmentation=loss.segmentation,
-        adversarial=loss.adversarial if loss.adversarial_weight else "",
-        reconstruction=bool(loss.reconstruction_weight),
+        reconstruction=loss.reconstruction if loss.reconstruction_weight else "",
+        adversarial=adversarial_form(loss, loss.adversarial_weight),
         defects=static_defects,
         grid=PatchGrid(bank.patch, bank.stride) if bank.size else None,
         accumulate=config.accumulate,
@@ -119,19 +130,16 @@ def create_optimizers(
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """Returns AdamW for the trained network, and Adam for its discriminator.
 
-    `options` are `weight_decay`, `clip_norm` and `discriminator_scale` of configs/default.py:
-    numbers or traced arrays. The optimizers' states do not depend on the learning rate.
+    `options` are `weight_decay` and `discriminator_scale` of configs/default.py: numbers or traced
+    arrays. The optimizers' states do not depend on the learning rate.
     """
-    clip = optax.clip_by_global_norm(options["clip_norm"])
     weight_decay = options["weight_decay"]
     # b1 = 0.5 is usual against a moving opponent (DCGAN, Radford et al., arXiv 1511.06434).
     discriminator_rate = options["discriminator_scale"] * learning_rate
     # Flat: with one vector instead of 85 arrays the step has a quarter of the operations.
     return (
-        optax.flatten(
-            optax.chain(clip, optax.adamw(learning_rate, 0.9, 0.999, weight_decay=weight_decay))
-        ),
-        optax.flatten(optax.chain(clip, optax.adam(discriminator_rate, 0.5, 0.999))),
+        optax.flatten(optax.adamw(learning_rate, 0.9, 0.999, weight_decay=weight_decay)),
+        optax.flatten(optax.adam(discriminator_rate, 0.5, 0.999)),
     )
 
 
@@ -218,7 +226,7 @@ def apply_gradients(state: Any, gradients: tuple[Any, Any], options: Options) ->
 
     Args:
       state: a TrainState, or the detector's.
-      gradients: of `state.PLAYERS`.
+      gradients: of `state.PLAYERS`, clipped.
       options: those of `learning_rate_schedule` and `create_optimizers`, and `ema_decay`.
     """
     optimizers = create_optimizers(options, learning_rate_schedule(state.step, options))

@@ -13,7 +13,7 @@ KEYS = jax.random.split(jax.random.key(1), 256)
 def options(**values):
     """Options as the training step takes them: arrays, not Python values."""
     defaults = dict.fromkeys(["flip_horizontal", "flip_vertical", "rotation", "shift"], 0.0)
-    return {k: np.float32(v) for k, v in (defaults | {"brightness": 0.0} | values).items()}
+    return {k: np.float32(v) for k, v in (defaults | {"light": 0.0} | values).items()}
 
 
 @jax.jit
@@ -54,12 +54,22 @@ def test_flips_give_the_four_mirror_images_equally_often_and_no_other():
         assert 0.4 < np.mean([np.array_equal(image, expected) for image in images]) < 0.6
 
 
-def test_brightness_scales_within_its_bounds_and_stays_in_range():
-    images = np.asarray(draw(options(brightness=0.2), KEYS, 0.5 * IMAGE))
-    gains = images[:, 0, 0, 0] / (0.5 * IMAGE[0, 0, 0])
-    assert images.max() <= 1
-    assert 0.8 <= gains.min() < 0.82 and 1.18 < gains.max() <= 1.2001
-    assert 0.97 < gains.mean() < 1.03
+def test_light_changes_what_it_is_named_for_and_stays_in_range():
+    grey = jnp.broadcast_to(jnp.linspace(0.25, 0.75, 9)[:, None, None], (9, 9, 3))
+    change = lambda index, size: jnp.zeros(6).at[index].set(size)  # noqa: E731
+    np.testing.assert_array_equal(augment.relight(change(0, 0.0), grey), grey)
+    np.testing.assert_allclose(augment.relight(change(0, np.log(2)), grey), grey**2, rtol=1e-5)
+    np.testing.assert_allclose(
+        augment.relight(change(1, 0.2), grey), 0.5 + 1.2 * (grey - 0.5), rtol=1e-5
+    )
+    np.testing.assert_allclose(augment.relight(change(2, 0.2), grey), grey + 0.1, rtol=1e-5)
+    np.testing.assert_array_equal(augment.relight(change(4, 0.2), grey)[..., 1], grey[..., 1])
+    color = 0.5 * grey * jnp.array([1.0, 0.5, 1.0])
+    np.testing.assert_allclose(
+        augment.relight(change(4, 0.2), color)[..., 1], 1.06 * color[..., 1], rtol=1e-5
+    )
+    images = np.asarray(draw(options(light=0.5), KEYS, IMAGE))
+    assert images.min() >= 0 and images.max() <= 1 and len(np.unique(images[:, 4, 4, 0])) > 200
 
 
 def test_rotation_and_shift_are_drawn_from_both_directions_up_to_their_bounds():
@@ -76,7 +86,7 @@ def test_rotation_and_shift_are_drawn_from_both_directions_up_to_their_bounds():
 
 
 def test_one_image_alone_and_among_others_is_augmented_alike():
-    arrays = options(flip_horizontal=1, rotation=10, shift=0.1, brightness=0.2)
+    arrays = options(flip_horizontal=1, rotation=10, shift=0.1, light=0.2)
     many = draw(arrays, KEYS, IMAGE)
     for index in range(3):
         alone = augment.augment(KEYS[index], IMAGE, **arrays)
@@ -92,7 +102,7 @@ def test_other_values_of_the_options_do_not_trace_again():
         return jax.vmap(lambda key: augment.augment(key, IMAGE, **arrays))(keys)
 
     counted(options(), KEYS[:2])
-    counted(options(flip_horizontal=1, rotation=5.0, shift=0.1, brightness=0.1), KEYS[:2])
+    counted(options(flip_horizontal=1, rotation=5.0, shift=0.1, light=0.1), KEYS[:2])
     assert len(traces) == 1
 
 
@@ -106,7 +116,7 @@ def test_images_are_warped_only_if_an_option_asks_for_it(monkeypatch):
 
     monkeypatch.setattr(augment, "warp", counted)
     batch = jax.jit(lambda arrays: jax.vmap(lambda k: augment.augment(k, IMAGE, **arrays))(KEYS))
-    for arrays, is_warped in ((options(brightness=0.1), False), (options(shift=0.1), True)):
+    for arrays, is_warped in ((options(light=0.1), False), (options(shift=0.1), True)):
         calls.clear()
         jax.block_until_ready(batch(arrays))
         jax.effects_barrier()

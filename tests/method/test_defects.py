@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from anoseg_jax.method import defects, shapes
 from configs import default
@@ -26,6 +27,12 @@ def photo(size, seed=0, grey=False):
     image = np.clip(0.5 + 0.3 * image + 0.1 * rng.standard_normal(image.shape), 0, 1)
     image = image.mean(-1, keepdims=True).repeat(3, -1) if grey else image
     return jnp.asarray(image, jnp.float32)
+
+
+def local_contrast(image):
+    """The standard deviation around each pixel, over 5x5 pixels (the images here are small)."""
+    window = partial(ndimage.uniform_filter, size=(5, 5, 0), mode="nearest")
+    return np.sqrt(window((image - window(image)) ** 2).max(axis=-1))
 
 
 def uniforms(count, *shape, seed=0):
@@ -55,8 +62,8 @@ def test_the_mask_is_exactly_where_the_image_changed(operator, seed, grey):
     change = np.max(np.abs(np.asarray(defective) - np.asarray(image)), axis=-1)
     assert set(np.unique(mask)) <= {0.0, 1.0}
     np.testing.assert_array_equal(np.asarray(mask) == 1, change > 0)
-    least = options["min_change"] * max(np.std(image), 0.02)
-    assert np.all(change[np.asarray(mask) == 1] >= least - 1e-5)
+    least = options["min_change"] * np.maximum(local_contrast(image), 0.06)
+    assert np.all((change >= least - 1e-5)[np.asarray(mask) == 1])
     assert np.min(defective) >= 0 and np.max(defective) <= 1
     assert defective.shape == image.shape and defective.dtype == image.dtype
 
@@ -67,10 +74,9 @@ def test_one_image_alone_and_among_others_gets_the_same_defect(operator):
     many = mapped(keys, photo(size))
     for index, key in enumerate(keys[:4]):
         image, mask = jitted(key, photo(size))
-        # Rounding differs, and may put a pixel on the other side of min_change.
+        # Rounding differs, and may put a pixel on the other side of min_change or of an edge.
         same = np.asarray(mask == many[1][index])
-        assert same.mean() > 0.998
-        np.testing.assert_allclose(image[same], many[0][index][same], atol=1e-4)
+        assert np.mean(same & np.all(np.isclose(image, many[0][index], atol=1e-4), -1)) > 0.995
 
 
 def test_most_draws_leave_a_defect_and_no_two_are_alike(operator):

@@ -144,7 +144,7 @@ def test_the_number_of_devices_and_of_chunks_changes_nothing_but_rounding(genera
     _, metrics = step(initial_state(), batch, detector.seed_keys(0)[1], options)
     four_devices = log_lines(generator[0] / "detector")[0]
     assert {name for name in metrics if name.startswith("loss_")} == {
-        *("loss_reconstruction", "loss_adversarial", "loss_discriminator")
+        *("loss_reconstruction", "loss_adversarial", "loss_discriminator", "loss_penalty")
     }
     for name, value in metrics.items():
         assert four_devices[name] == pytest.approx(float(value), rel=1e-5), name

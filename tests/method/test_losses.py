@@ -1,5 +1,8 @@
 """Losses against numbers worked by hand."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,8 +41,82 @@ def test_reconstruction_is_the_mean_error_of_the_normal_pixels_of_each_image():
     reconstructions = images.at[0, 0, 0].set(0.3).at[0, 0, 1].set(0.9).at[1].set(0.2).at[2].set(5.0)
     # Image 0: the second pixel is defective. Image 1: none is. Image 2: both are, and count as 0.
     masks = jnp.array([[[0.0, 1.0]], [[0.0, 0.0]], [[1.0, 1.0]]])
-    loss = losses.masked_reconstruction(reconstructions=reconstructions, images=images, masks=masks)
+    loss = losses.masked_l1(reconstructions=reconstructions, images=images, masks=masks)
     np.testing.assert_allclose(loss, (0.3 + 0.2 + 0.0) / 3, rtol=1e-6)
+
+
+def test_structural_similarity_is_that_of_its_formula():
+    a, b = np.random.default_rng(0).random((2, 1, 7, 7, 1))  # one window
+    mean_a, mean_b, covariance = a.mean(), b.mean(), np.mean((a - a.mean()) * (b - b.mean()))
+    expected = (2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)
+    expected /= (mean_a**2 + mean_b**2 + 1e-4) * (a.var() + b.var() + 9e-4)
+    np.testing.assert_allclose(losses.ssim(jnp.array(a), jnp.array(b)), expected, rtol=1e-3)
+    np.testing.assert_allclose(losses.ssim(jnp.array(a), jnp.array(a)), 1, rtol=1e-5)
+
+
+def test_restoration_is_error_and_dissimilarity_of_the_whole_image():
+    images, others = np.random.default_rng(1).random((2, 2, 8, 8, 3)).astype(np.float32)
+    loss = losses.restoration(reconstructions=others, images=images, masks=np.ones((2, 8, 8)))
+    error = np.abs(others - images).mean()
+    np.testing.assert_allclose(loss, error + 1 - losses.ssim(others, images), rtol=1e-6)
+
+
+def test_gradients_are_limited_to_those_of_a_mean_absolute_error_for_each_example():
+    error = lambda x: jnp.mean(jnp.abs(x))  # noqa: E731
+    at = jnp.array([[[1.0, -2.0]], [[3.0, 1.0]]])
+    gradient = jax.grad(error)(at)
+    factors = jnp.array([0.5, 4.0])[:, None, None]
+    (limited,), norm = losses.limit_gradients((factors * gradient,))
+    np.testing.assert_allclose(limited, gradient * jnp.array([0.5, 1.0])[:, None, None], rtol=1e-6)
+    np.testing.assert_allclose(norm, (0.5 + 4.0) / 2, rtol=1e-6)
+
+
+def test_the_penalty_of_a_linear_discriminator_is_its_squared_slope():
+    slope = jnp.array([0.5, -1.0, 2.0, 3.0])
+    linear = lambda images, maps: images @ slope[:3] + maps * slope[3]  # noqa: E731
+    images = jax.random.uniform(jax.random.key(0), (1, 64, 64, 3))
+    noise = jax.random.normal(jax.random.key(1), (1, 64, 64, 4))
+    pair = images, images[..., 0]
+    penalty = losses.gradient_penalty(linear, pair, linear(*pair), noise)
+    np.testing.assert_allclose(penalty, jnp.sum(slope**2), rtol=0.1)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("penalized", [False, True])
+def test_each_side_of_the_game_gets_the_gradient_of_its_own_loss(limited, penalized):
+    form = losses.Adversarial("bce", limited, penalized)
+    fake = jnp.full((2, 2, 2, 3), 0.2), jnp.full((2, 2, 2), 0.7)
+    real = jnp.full((2, 2, 2, 3), 0.4), jnp.zeros((2, 2, 2))
+    linear = lambda w, images, maps: w[0] * images.mean(-1) + w[1] * maps  # noqa: E731
+    weights, noise = jnp.array([5.0, -7.0]), jax.random.normal(jax.random.key(0), (2, 2, 2, 4))
+
+    def both(weights, fake):
+        return losses.adversarial(
+            linear, weights, form=form, fake=fake, real=real, noise=noise, penalty_weight=0.5
+        )[:2]
+
+    of_network = jax.grad(lambda *x: both(*x)[0], argnums=(0, 1))(weights, fake)
+    of_discriminator = jax.grad(lambda *x: both(*x)[1], argnums=(0, 1))(weights, fake)
+    loss = lambda pair: losses.adversarial_bce(fake_logits=linear(weights, *pair))  # noqa: E731
+    expected = jax.grad(loss)(fake)
+    expected = losses.limit_gradients(expected)[0] if limited else expected
+    np.testing.assert_allclose(of_network[1][1], expected[1], rtol=1e-5)
+    assert not np.any(of_network[0]) and not np.any(of_discriminator[1][0])
+
+    def discriminator_loss(weights):
+        pairs = [partial(linear, weights)(*pair) for pair in (fake, real)]
+        value = losses.discriminator_bce(fake_logits=pairs[0], real_logits=pairs[1])
+        for pair, logits in zip((fake, real), pairs, strict=True):
+            value += (
+                penalized
+                * 0.5
+                * losses.gradient_penalty(partial(linear, weights), pair, logits, noise)
+            )
+        return value
+
+    np.testing.assert_allclose(
+        of_discriminator[0], jax.grad(discriminator_loss)(weights), rtol=1e-5
+    )
 
 
 def test_adversarial_losses_by_hand():
