@@ -379,37 +379,6 @@ def test_check_reports_without_training(data_dir):
     assert "bolt" in done.stdout and "6 good" in done.stdout and "3 hole" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "error: needs --config=FILE"),
-        (["--config=tests/tiny_config.py"], "needs --workdir=DIR"),
-        (["--mode=report", "--workdir=/none"], "/none"),
-        (["--mode=report", "--workdir=w", "--config=tests/tiny_config.py"], "--config does not"),
-        (["--mode=merge", "--workdir=w", "--devices=2"], "--devices does not belong to"),
-        (["--config=tests/tiny_config.py", "--workdir=w", "bolt"], "'bolt' does not belong to"),
-        (["--mode=check", "--config=tests/tiny_config.py", "--distributed"], "train or evaluate"),
-        (["--mode=compare", "--workdir=w"], "needs the folders of finished runs"),
-        (["--mode=merge", "--workdir=/none"], "/none has no run.json: no run with"),
-        (["--mode=compare", "--workdir=w", "/none", "/none2"], "/none"),
-        (["--config=configs/none.py", "--workdir=w"], "configs/none.py"),
-        (["--config=tests/tiny_config.py", "--workdir=w", "--config.foo=1"], "no option 'foo'"),
-        (
-            ["--config=tests/tiny_config.py", "--workdir=w", "--config.num_steps=x"],
-            "config.num_steps=x",
-        ),
-        (["--config=tests/tiny_config.py", "--workdir=w", "--nope"], "nope"),
-        (["--config=tests/tiny_config.py", "--mode=check", "--config.data_dir=/none"], "/none"),
-        (["--config=configs/folder.py:a:b", "--workdir=w"], "the size can only be cpu"),
-    ],
-)
-def test_errors_of_use_are_one_line(arguments, message):
-    done = launch(*arguments)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert message in done.stderr
-
-
 def test_a_bad_file_is_named_before_training(data_dir, tmp_path):
     broken = tmp_path / "bolt" / "train" / "good" / "000.png"
     broken.parent.mkdir(parents=True)
