@@ -4,6 +4,7 @@ A run is a list of units (variant, seed, category), each in a folder of its own;
 """
 
 import contextlib
+import dataclasses
 import re
 import sys
 import traceback
@@ -21,7 +22,7 @@ from anoseg_jax.evaluation import evaluate, external_maps, results
 from anoseg_jax.images import batches, input_pipeline
 from anoseg_jax.interop import replay
 from anoseg_jax.method import detector, train
-from anoseg_jax.report import ablation, pages, pictures
+from anoseg_jax.report import ablation, only_good, pages, pictures
 from anoseg_jax.running import distributed, files, loop, train_log
 from anoseg_jax.running.checkpoint import Saved
 
@@ -64,13 +65,36 @@ def trained_on(images: np.ndarray, options: Mapping[str, Any], splits: Splits) -
     return images[kept]
 
 
+def load_held_out(splits: Splits, model: TrainedModel) -> dict[str, np.ndarray]:
+    """Returns the good images that a model's thresholds are made from (input_pipeline.load_arrays).
+
+    None of them if the images of `splits` are not those that the model was trained on.
+    """
+    options, validation = model.config, None
+    arrays = input_pipeline.load_arrays(splits.train, model.image_size)
+    chosen = np.argsort(arrays["name"], kind="stable")
+    images = arrays["image"][chosen]
+    if splits.validation is not None:
+        arrays = input_pipeline.load_arrays(splits.validation, model.image_size)
+        chosen = np.argsort(arrays["name"], kind="stable")
+        validation = arrays["image"][chosen]
+    elif len(images):
+        ids = batches.assign_image_ids(images)
+        _, held_out = batches.hold_out(ids, fraction=options["held_out"], seed=options["seed"])
+        chosen = chosen[held_out]
+    if train.images_sha256(images, validation) != model.record["images_sha256"]:
+        chosen = chosen[:0]
+    return {name: values[chosen] for name, values in arrays.items()}
+
+
 def run_category(
     config: ConfigDict, folder: Path, splits: Splits, *, training: bool
 ) -> tuple[evaluate.Evaluation, dict[str, np.ndarray]]:
     """Trains (if `training`) and evaluates one category in `folder`.
 
-    Returns the evaluation, with baselines on the main process only, and the arrays of the test
-    images (input_pipeline.load_arrays).
+    Returns the evaluation, with baselines on the main process only, and the arrays of its images
+    (input_pipeline.load_arrays). These are the test images; without any, the good images that are
+    held out for thresholds, `held_out_images` of the results.
 
     With `config.maps_dir`, evaluates the maps of another method instead of a model's. Raises
     external_maps.MapsError if these are missing or cannot be used, or `folder` is a model's.
@@ -126,10 +150,16 @@ def run_category(
             **how,
         )
     else:
-        evaluation = evaluate.evaluate(
-            predictor, test, detector=predictor.detector, image_score=settings.image_score, **how
-        )
-    has_baselines = settings.baselines and int(splits.train.cardinality())
+        how |= {"detector": predictor.detector, "image_score": settings.image_score}
+        evaluation = evaluate.evaluate(predictor, test, **how)
+        if not test:
+            arrays = load_held_out(splits, predictor)
+            held_out = list(input_pipeline.test_batches(arrays, settings.batch_size))
+            good = evaluate.evaluate(predictor, held_out, **how | dict.fromkeys(native))
+            # Their figures would be those of the images that made the thresholds.
+            results_without = evaluation.results | {"held_out_images": len(good.images)}
+            evaluation = dataclasses.replace(good, results=results_without, curves={})
+    has_baselines = settings.baselines and test and int(splits.train.cardinality())
     if has_baselines and distributed.is_main_process():
         if images is None or tuple(config.image_size) != image_size:
             images = load_train_images(splits.train, image_size)
@@ -285,4 +315,7 @@ def run_unit(
             results.write_evaluation(folder, evaluation, arrays, store_maps=store_maps)
             count = category_config.evaluate.pictures
             pictures.write_pictures(folder / "pictures", evaluation, arrays, count)
-        print(results.summary(folder.name, evaluation.results), flush=True)
+        summary = results.summary(folder.name, evaluation.results)
+        if only_good.is_only_good(evaluation.results):
+            summary = only_good.summary(folder.name, evaluation.results, command)
+        print(summary, flush=True)

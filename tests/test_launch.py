@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -371,6 +372,36 @@ def test_what_cannot_be_measured_is_null_with_a_reason(data_dir, tmp_path):
     one_image = results["categories"]["one_image"]["thresholds"]
     assert one_image["pixel"]["threshold"] is None and "too few" in one_image["pixel"]["how"]
     assert "Not available:" in (tmp_path / "w" / "results.md").read_text()
+
+
+def test_a_run_on_good_parts_alone_ends_in_thresholds_pictures_and_the_next_command(
+    data_dir, tmp_path
+):
+    shutil.copytree(data_dir / "bolt" / "train", tmp_path / "data" / "bolt" / "train")
+    workdir = tmp_path / "w"
+    done = launch(*arguments(tmp_path / "data", workdir, "--config.num_steps=2"))
+    assert done.returncode == 0, done.stderr
+    bolt = json.loads((workdir / "results.json").read_text())["categories"]["bolt"]
+    assert bolt["test_images"] == 0 and bolt["held_out_images"] == 2 and bolt["image_auroc"] is None
+    assert "image_auroc -" not in done.stdout
+    for kind in ("image", "pixel"):
+        assert f"{kind} threshold {bolt['thresholds'][kind]['threshold']:.4g}" in done.stdout
+    rows = list(csv.DictReader(open(workdir / "bolt" / "images.csv")))
+    assert len(rows) == 2 and all(row["name"].startswith("train/good/") for row in rows)
+    assert len(list((workdir / "bolt" / "pictures").glob("good_*.png"))) == 2
+    page = (workdir / "bolt" / "report.html").read_text()
+    assert "held-out photographs of good parts" in page and "anomaly map" in page
+    assert "not available" not in page and "--mode=predict" in page
+    assert "not available" not in (workdir / "report.html").read_text().partition("<h2>What")[0]
+    (line,) = [line for line in done.stdout.splitlines() if "judge new photographs" in line]
+    words = shlex.split(line.partition(": ")[2])
+    assert words[:2] == ["python", str(ROOT / "launch.py")] and words[-1] == "PHOTOGRAPHS"
+    photographs = data_dir / "bolt" / "test" / "hole"
+    predicted = launch(*words[2:-1], photographs)
+    assert predicted.returncode == 0, predicted.stderr
+    assert (workdir / "bolt" / "predictions" / "predictions.csv").exists()
+    done = launch("--mode=compare", f"--workdir={tmp_path}/c", workdir, workdir)
+    assert done.returncode == 0, done.stderr
 
 
 def test_check_reports_without_training(data_dir):
