@@ -175,6 +175,9 @@ def _no_category(
     for name in missing:
         if child(data_dir, name).is_dir():
             hint += f"; in the folder {name} was {_misfit(child(data_dir, name), layout)}"
+    if len(missing) > 4:
+        hint += "; --config.categories=all takes all that are there"
+        missing = [*missing[:4], f"and {len(missing) - 4} more"]
     return f"{here}: no category {', '.join(missing)} in it{hint}"
 
 
