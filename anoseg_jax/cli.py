@@ -8,6 +8,7 @@ set (train, evaluate, export_replay) always import TensorFlow.
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -66,6 +67,7 @@ def _check_data(*, training: bool) -> Callable[[], dict]:
     from anoseg_jax.running import files
     from data import sources
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process without a traceback
     config, read = FLAGS.config, layout.ReadOptions.of(FLAGS.config)
     options.check(config, training=training)
     of_folder = config.dataset == "folder"
@@ -255,7 +257,7 @@ MODES = {
 }
 POSITIONAL = ("runs", "photographs")
 HINTS = {
-    "config": "needs --config=FILE; options are set as --config.KEY=VALUE",
+    "config": "needs --config=FILE, or a name such as cpu; options are set as --config.KEY=VALUE",
     "workdir": "needs --workdir=DIR",
     "out": "needs --out=DIR, the folder to write to",
     "photographs": "needs photographs: --mode=predict --workdir=W --out=DIR FILE_OR_FOLDER ...",
@@ -321,6 +323,7 @@ def _flag_error(error: Exception) -> str:
         (r"^flag (--[^=]+=.*?): invalid literal for int.*", r"\1: must be a whole number"),
         (r"^flag (--[^=]+=.*?): could not convert string to.*", r"\1: must be a number"),
         (r"^flag (--[^=]+=.*?): \W*Non-boolean argument.*", r"\1: must be True or False"),
+        (r"^flag --", "--"),
         (r"^Unknown command line flag '(.+?)'\.?", r"--\1: there is no such flag."),
         (r"no such flag\. Did you mean: (\w+).*", r"no such flag; did you mean --\1?"),
     ):

@@ -237,8 +237,9 @@ def keep_overrides(config: ConfigDict, paths: Iterable[str]) -> ConfigDict:
             *parents, name = path.split(".")
             branch: Any = options
             for parent in parents:
-                branch = branch.get(parent, {})
-            if name in branch and f"category_options.{category}.{path}" not in paths:
+                branch = branch.get(parent) if isinstance(branch, ConfigDict) else None
+            is_set = isinstance(branch, ConfigDict) and name in branch
+            if is_set and f"category_options.{category}.{path}" not in paths:
                 with branch.unlocked():
                     del branch[name]
     return config

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny_config
 
-from anoseg_jax import options
+from anoseg_jax import UsageError, config_files, options
 from anoseg_jax.evaluation import evaluate
 from anoseg_jax.method import defects, losses, models
 from configs import ablation, default, folder, mvtec
@@ -24,6 +24,12 @@ def test_every_config_can_be_run(name):
     for category in config.categories:
         options.of_category(config, category)
     options.of_variants(config, config.categories)
+
+
+def test_a_config_that_does_not_exist_is_refused_with_those_that_do():
+    assert config_files.load("cpu").image_size == (128, 128)
+    with pytest.raises(UsageError, match="config='gpu': there is no such config, only ablation, c"):
+        config_files.load("gpu")
 
 
 def test_categories_are_picked_by_name():
