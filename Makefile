@@ -10,7 +10,7 @@ install: $(VENV)/.installed
 # pip is silent for minutes: a line every ten seconds.
 PROGRESS = started=$$(date +%s); \
 	(while sleep 10 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do \
-		echo "  installing: $$(($$(date +%s) - started)) s, $$(du -sm $(VENV) | cut -f1) MB in $(VENV)"; \
+		echo "  installing: $$(($$(date +%s) - started)) s, $$(du -sm $(@D) | cut -f1) MB in $(@D)"; \
 	done) & progress=$$!; trap "kill $$progress" EXIT;
 
 # Rebuilt when a dependency changes; the stamp is written last, so a broken install is tried again.
@@ -44,7 +44,8 @@ $(TORCH_VENV)/.installed: $(VENV)/.installed
 	@# A .pth file adds its lines to the module search path.
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		"$$($(TORCH_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
-	$(TORCH_BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	@echo "installing PyTorch"
+	@$(PROGRESS) $(TORCH_BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(TORCH_BIN)/python -c 'import torch, jax'
 	@touch $@
 
