@@ -87,6 +87,23 @@ def load_held_out(splits: Splits, model: TrainedModel) -> dict[str, np.ndarray]:
     return {name: values[chosen] for name, values in arrays.items()}
 
 
+def show_held_out(
+    evaluation: evaluate.Evaluation,
+    model: TrainedModel,
+    arrays: dict[str, np.ndarray],
+    *,
+    batch_size: int,
+    **how: Any,
+) -> evaluate.Evaluation:
+    """Returns the evaluation of no test image with the maps of held-out good images to show.
+
+    Their own figures are left out: they would be those of the images that made the thresholds.
+    """
+    good = evaluate.evaluate(model, input_pipeline.test_batches(arrays, batch_size), **how)
+    results_without = evaluation.results | {"held_out_images": len(good.images)}
+    return dataclasses.replace(good, results=results_without, curves={})
+
+
 def run_category(
     config: ConfigDict, folder: Path, splits: Splits, *, training: bool
 ) -> tuple[evaluate.Evaluation, dict[str, np.ndarray]]:
@@ -154,11 +171,8 @@ def run_category(
         evaluation = evaluate.evaluate(predictor, test, **how)
         if not test:
             arrays = load_held_out(splits, predictor)
-            held_out = list(input_pipeline.test_batches(arrays, settings.batch_size))
-            good = evaluate.evaluate(predictor, held_out, **how | dict.fromkeys(native))
-            # Their figures would be those of the images that made the thresholds.
-            results_without = evaluation.results | {"held_out_images": len(good.images)}
-            evaluation = dataclasses.replace(good, results=results_without, curves={})
+            how |= dict.fromkeys(native) | {"batch_size": settings.batch_size}
+            evaluation = show_held_out(evaluation, predictor, arrays, **how)
     has_baselines = settings.baselines and test and int(splits.train.cardinality())
     if has_baselines and distributed.is_main_process():
         if images is None or tuple(config.image_size) != image_size:
