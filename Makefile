@@ -7,19 +7,32 @@ TORCH_BIN := $(TORCH_VENV)/bin
 .PHONY: install demo test install-torch test-torch lint bench clean
 install: $(VENV)/.installed
 
+# pip is silent for minutes: a line every ten seconds.
+PROGRESS = started=$$(date +%s); \
+	(while sleep 10 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do \
+		echo "  installing: $$(($$(date +%s) - started)) s, $$(du -sm $(@D) | cut -f1) MB in $(@D)"; \
+	done) & progress=$$!; trap "kill $$progress" EXIT;
+
 # Rebuilt when a dependency changes; the stamp is written last, so a broken install is tried again.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"anoseg_jax needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade "pip>=24"
-	@# Without setuptools' note on editable installs.
-	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@echo "installing what the program needs (one to three minutes, 2.7 GB)"
+	@$(PROGRESS) $(BIN)/pip install --quiet --upgrade "pip>=24" && \
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@# PYTHONWARNINGS: without setuptools' note on editable installs.
+	@touch $@
+
+# Beside that, what tests and checks need.
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "installing what the tests need"
+	@$(PROGRESS) PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
 	@touch $@
 
 demo: install
 	$(BIN)/python launch.py --config=configs/synthetic.py --workdir=runs/demo
 
-test: install
+test: $(VENV)/.installed-test
 	@# Tests of one file share what they compile.
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -31,14 +44,15 @@ $(TORCH_VENV)/.installed: $(VENV)/.installed
 	@# A .pth file adds its lines to the module search path.
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		"$$($(TORCH_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
-	$(TORCH_BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	@echo "installing PyTorch"
+	@$(PROGRESS) $(TORCH_BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(TORCH_BIN)/python -c 'import torch, jax'
 	@touch $@
 
-test-torch: install-torch
+test-torch: install-torch $(VENV)/.installed-test
 	$(TORCH_BIN)/python -m pytest tests/interop
 
-lint: install
+lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

@@ -19,9 +19,16 @@ def first_line(error: BaseException) -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `Predictor` and `fit` when they are asked for: JAX takes a second."""
-    if name in ("Predictor", "fit"):
-        from anoseg_jax import api
+    """Imports `Predictor` and `fit` when they are asked for: JAX takes a second.
 
-        return getattr(api, name)
+    `Predictor` needs neither TensorFlow nor what else only training needs.
+    """
+    if name == "Predictor":
+        from anoseg_jax.deploy.predictor import Predictor
+
+        return Predictor
+    if name == "fit":
+        from anoseg_jax.api import fit
+
+        return fit
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

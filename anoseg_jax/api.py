@@ -1,12 +1,10 @@
 """Training from Python in one call; `anoseg_jax.fit` and `anoseg_jax.Predictor` are imported here.
 
-The only module that loads options by the name of their file, as the command does.
+Options are loaded by the name of their file, as the command does.
 """
 
 import concurrent.futures
-import importlib
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from anoseg_jax import config_files
 from anoseg_jax import options as config_options
 from anoseg_jax.deploy.predictor import Photograph, Predictor, Reading, list_photographs, load
 from anoseg_jax.images import check
@@ -54,9 +53,10 @@ def fit(
         not finite.
     """
     folder = epath.Path(folder).expanduser()
-    chosen = load_config(config) if isinstance(config, str) else config
+    chosen = config_files.load(config) if isinstance(config, str) else config
     chosen = config_options.changed(chosen, nested(options or {}))
     chosen = config_options.of_category(chosen, folder.name)
+    config_options.check_devices(chosen)
     config_options.use_compilation_cache(chosen.compilation_cache)
     several = list_photographs(photographs)
     if not several:
@@ -93,14 +93,6 @@ def choose_bit_depth(photographs: Sequence[Photograph], config: ConfigDict) -> s
     if errors:
         raise LayoutError("\n".join(errors))
     return str(bit_depth)
-
-
-def load_config(name: str) -> ConfigDict:
-    """Returns the options of configs/<name>.py."""
-    checkout = os.fspath(epath.Path(__file__).parents[1])
-    if checkout not in sys.path:
-        sys.path.append(checkout)
-    return importlib.import_module(f"configs.{name}").get_config()
 
 
 def nested(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """The command line: its flags, one function for each mode, exit codes.
 
-Each mode imports what it needs. `--help` imports neither JAX nor TensorFlow; only modes that read
-a data set (train, evaluate, check, export_replay) always import TensorFlow.
+Each mode imports what it needs, after it has refused what cannot work: an error of use comes before
+JAX and TensorFlow are imported, but for those that only these can know. Only modes that read a data
+set (train, evaluate, export_replay) always import TensorFlow.
 """
 
 import os
+import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,11 +17,13 @@ from absl import app, flags
 from etils.epath import Path
 from ml_collections import config_flags
 
-from anoseg_jax import UsageError
+from anoseg_jax import UsageError, config_files, options
 
 FLAGS = flags.FLAGS
 PROCESSES = ("distributed", "coordinator", "num_processes", "process_id")
 MODEL = ("category", "image_threshold", "pixel_threshold")
+# What the small installation, requirements-predict.txt, leaves out.
+LEFT_OUT = ("tensorflow", "tensorflow_datasets", "tensorboard", "clu", "sklearn", "matplotlib")
 
 
 def train() -> int:
@@ -32,42 +37,84 @@ def evaluate() -> int:
 
 
 def _run(*, training: bool) -> int:
+    open_splits = _check_data(training=training)
+    _start()
     from anoseg_jax import experiment
 
     failures = experiment.run(
         FLAGS.config,
         Path(FLAGS.workdir),
-        _open_splits(training=training),
+        open_splits(),
         training=training,
-        command=shlex.join(["python", *sys.argv]),
+        command=_command(),
     )
     return int(bool(failures))
 
 
-def _open_splits(*, training: bool) -> dict:
-    """Returns the splits of each category, after the options are checked."""
-    from anoseg_jax import options
+def _command() -> str:
+    """Returns the command line of this process."""
+    program, *arguments = sys.argv
+    is_script = Path(program).name == "anoseg"
+    return shlex.join(["anoseg", *arguments] if is_script else ["python", *sys.argv])
+
+
+def _check_data(*, training: bool) -> Callable[[], dict]:
+    """Checks options, images and --workdir; returns what opens the splits of each category.
+
+    Imports neither JAX nor TensorFlow.
+    """
     from anoseg_jax.images import layout
+    from anoseg_jax.running import files
     from data import sources
 
-    config = FLAGS.config
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process without a traceback
+    config, read = FLAGS.config, layout.ReadOptions.of(FLAGS.config)
     options.check(config, training=training)
-    return sources.open_splits(
-        config.dataset,
-        config.categories,
-        data_dir=config.data_dir,
-        tfds_dir=config.tfds_dir,
-        read=layout.ReadOptions.of(config),
-        image_size=tuple(config.image_size),
-        training=training,
-    )
+    of_folder = config.dataset == "folder"
+    if of_folder:
+        categories = sources.check_folders(
+            config.data_dir, config.categories, read, training=training
+        )
+        names = [category.name for category in categories]
+    else:
+        names = sources.check_names(config.dataset, config.categories)
+    options.check_run(config, names, training=training)
+    files.require_writable(Path(FLAGS.workdir), "--workdir")
+
+    def open_splits() -> dict:
+        if of_folder:
+            return sources.open_categories(
+                categories,
+                max_megapixels=config.max_megapixels,
+                image_size=tuple(config.image_size),
+            )
+        return sources.open_prepared(
+            config.dataset, tuple(names), data_dir=config.data_dir, tfds_dir=config.tfds_dir
+        )
+
+    return open_splits
+
+
+def _start() -> None:
+    """Imports JAX, connects the processes of a run, and makes sure that there are devices."""
+    from anoseg_jax.running import distributed
+
+    at = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    if FLAGS.distributed or at != (None, None, None):
+        distributed.start(*at)
+        if not distributed.is_main_process():
+            sys.stdout = Path(os.devnull).open("w")  # only the main process prints
+    distributed.require_devices()
+    distributed.stop_on_signals()
 
 
 def export_replay() -> int:
     """Writes weights, batches and losses of each step, to compare another implementation with."""
+    open_splits = _check_data(training=True)
+    _start()
     from anoseg_jax import experiment
 
-    experiment.export_replay(FLAGS.config, Path(FLAGS.workdir), _open_splits(training=True))
+    experiment.export_replay(FLAGS.config, Path(FLAGS.workdir), open_splits())
     return 0
 
 
@@ -85,15 +132,16 @@ def check() -> int:
 
 def merge() -> int:
     """Merges the results of all runs with config.shard=i/n in one --workdir."""
-    from anoseg_jax import experiment
+    from anoseg_jax import shards
 
-    missing = experiment.merge(Path(FLAGS.workdir))
+    missing = shards.merge(Path(FLAGS.workdir))
     print(f"merged the results that exist: {FLAGS.workdir}")
     return complain("\n".join(missing), int(bool(missing)))
 
 
 def dry_run() -> int:
     """Prints memory, FLOPs, time and files of a run; reads and writes no file."""
+    options.check(FLAGS.config)
     from anoseg_jax import dry_run
 
     print(dry_run.report(FLAGS.config, FLAGS.workdir, FLAGS.devices))
@@ -121,9 +169,12 @@ def compare(runs: Sequence[str]) -> int:
 
 def predict(arguments: Sequence[str]) -> int:
     """Predicts photographs: launch.py --mode=predict --workdir=W --out=DIR FILE_OR_FOLDER ..."""
-    from anoseg_jax.deploy import photographs, predictions
+    from anoseg_jax.deploy import photographs
 
-    listed = photographs.Photographs(arguments, exclude=FLAGS.out)  # wrong paths are named at once
+    listed = photographs.Photographs(arguments, exclude=FLAGS.out)
+    _check_model(writes_to=FLAGS.out)
+    from anoseg_jax.deploy import predictions
+
     is_complete = predictions.predict(
         _load_predictor(), listed, Path(FLAGS.out), maps=FLAGS.maps, follow=FLAGS.follow
     )
@@ -132,26 +183,43 @@ def predict(arguments: Sequence[str]) -> int:
 
 def export(arguments: Sequence[str] = ()) -> int:
     """Exports the model to ONNX, StableHLO or SavedModel, and checks what the export computes."""
-    from anoseg_jax.deploy import export, photographs
+    from anoseg_jax.deploy import photographs
 
     listed = photographs.Photographs(arguments).list()
+    _check_model(writes_to=FLAGS.out)
+    from anoseg_jax.deploy import export
+
     export.export(_load_predictor(), FLAGS.format, Path(FLAGS.out), listed)
     return 0
 
 
 def serve() -> int:
     """Serves the model over HTTP: POST /predict, and a page where one drops a photograph."""
+    _check_model()
     try:
         from anoseg_jax.deploy import serve
     except ImportError as error:
         if error.name != "fastapi":
             raise
         raise UsageError(
-            '--mode=serve needs the extra [serve]: pip install -e ".[serve]"'
+            "--mode=serve needs fastapi and uvicorn: pip install fastapi uvicorn"
         ) from None
     limits = serve.Limits(megabytes=FLAGS.max_megabytes, megapixels=FLAGS.max_megapixels)
     serve.serve(_load_predictor(), FLAGS.host, FLAGS.port, limits)
     return 0
+
+
+def _check_model(writes_to: str | None = None) -> None:
+    """Raises UsageError if there is no model in --workdir, or a folder cannot be written to."""
+    from anoseg_jax.deploy import model_folder
+    from anoseg_jax.running import files
+
+    model_folder.find_model(FLAGS.workdir, FLAGS.category)
+    if writes_to is not None:
+        files.require_writable(Path(writes_to), "--out")
+    from anoseg_jax.running import distributed
+
+    distributed.require_devices()
 
 
 def _load_predictor() -> Any:
@@ -189,7 +257,7 @@ MODES = {
 }
 POSITIONAL = ("runs", "photographs")
 HINTS = {
-    "config": "needs --config=FILE; options are set as --config.KEY=VALUE",
+    "config": "needs --config=FILE, or a name such as cpu; options are set as --config.KEY=VALUE",
     "workdir": "needs --workdir=DIR",
     "out": "needs --out=DIR, the folder to write to",
     "photographs": "needs photographs: --mode=predict --workdir=W --out=DIR FILE_OR_FOLDER ...",
@@ -198,10 +266,13 @@ HINTS = {
 }
 
 
-def define_flags() -> None:
-    """Defines the flags; `--help` prints them."""
+def define_flags(argv: Sequence[str]) -> None:
+    """Defines the flags; `--help` prints them. `argv` is what `parse` gets."""
     config_flags.DEFINE_config_file(
-        "config", None, "Options: configs/NAME.py or NAME.py:CATEGORIES."
+        "config",
+        None,
+        "Options: a file, or a name such as cpu, then maybe :CATEGORIES.",
+        sys_argv=argv,
     )
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, logs, results and pictures.")
     modes = "\n".join(f"{name}: {mode.function.__doc__}" for name, mode in MODES.items())
@@ -216,7 +287,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Folder for predictions or an export.")
     flags.DEFINE_string("category", None, "Which model of a --workdir that holds several.")
     flags.DEFINE_float("image_threshold", None, "Instead of the model's: of scores, from 0 up.")
-    flags.DEFINE_float("pixel_threshold", None, "Instead of the model's: of maps, from 0 to 1.")
+    flags.DEFINE_float("pixel_threshold", None, "Instead of the model's: of maps.", 0, 1)
     flags.DEFINE_enum(
         "maps", "all", ("all", "defective", "none"), "Photographs that get a map and an overlay."
     )
@@ -230,25 +301,56 @@ def define_flags() -> None:
         FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
+def _with_config_file(argv: Sequence[str]) -> list[str]:
+    """Returns the arguments with the file that --config names (config_files.find)."""
+    argv = list(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    for index, argument in enumerate(argv[:end]):
+        match = re.fullmatch(r"(--?config)(?:=(.*))?", argument)
+        if match and match.group(2) is not None:
+            argv[index] = f"{match.group(1)}={config_files.find(match.group(2))}"
+        elif match and index + 1 < end:
+            argv[index + 1] = config_files.find(argv[index + 1])
+    return argv
+
+
+def _flag_error(error: Exception) -> str:
+    """Returns what absl or a config says, in one line."""
+    lines = str(error).strip().splitlines()  # of a traceback, the last one says what is wrong
+    text = lines[-1] if "Traceback" in str(error) else " ".join(lines)
+    text = re.sub(r"^\w+Error: ", "", text)
+    for pattern, instead in (
+        (r"^flag (--[^=]+=.*?): invalid literal for int.*", r"\1: must be a whole number"),
+        (r"^flag (--[^=]+=.*?): could not convert string to.*", r"\1: must be a number"),
+        (r"^flag (--[^=]+=.*?): \W*Non-boolean argument.*", r"\1: must be True or False"),
+        (r"^flag --", "--"),
+        (r"^Unknown command line flag '(.+?)'\.?", r"--\1: there is no such flag."),
+        (r"no such flag\. Did you mean: (\w+).*", r"no such flag; did you mean --\1?"),
+    ):
+        text = re.sub(pattern, instead, text)
+    return text
+
+
 def parse(argv: Sequence[str]) -> tuple[Mode, list[str]]:
     """Parses the flags; returns the mode, and the arguments that are no flags.
 
     Raises UsageError for a flag or option that does not exist, has a value that it cannot have,
     does not belong to the mode, or is missing.
     """
+    argv[:] = _with_config_file(argv)
     try:
         arguments = FLAGS(argv)[1:]
         if FLAGS.config is not None:
             FLAGS.config.keys()  # raises what went wrong when the file was loaded
     except (AttributeError, KeyError) as error:
-        name = str(error).strip("\"'")
-        raise UsageError(
-            f"the config has no option {name!r}; configs/default.py has them all"
-        ) from error
+        names = [argument.partition("=")[0] for argument in argv]
+        paths = [name for name in names if name.lstrip("-").startswith("config.")]
+        raise UsageError(options.unknown_option(error, paths)) from error
     except (flags.Error, OSError, TypeError, ValueError) as error:
-        lines = str(error).strip().splitlines()  # of a traceback, the last one says what is wrong
-        text = lines[-1] if "Traceback" in str(error) else " ".join(lines)
-        raise UsageError(text) from error
+        raise UsageError(_flag_error(error)) from error
+    except (ImportError, NameError, SyntaxError) as error:
+        where = next(argument for argument in argv if argument.startswith(("--config", "-config")))
+        raise UsageError(f"{where}: {type(error).__name__}: {error}") from error
     mode = MODES[FLAGS.mode]
     known = {name for each in MODES.values() for name in each.needs + each.takes}
     given = [name for name in sorted(known - {*POSITIONAL}) if FLAGS[name].present]
@@ -267,9 +369,8 @@ def parse(argv: Sequence[str]) -> tuple[Mode, list[str]]:
         if name not in given:
             raise UsageError(HINTS[name])
     if FLAGS.config is not None:
-        from anoseg_jax import options
-
-        FLAGS.config = options.normalize(FLAGS.config)
+        overrides = config_flags.get_override_values(FLAGS["config"])
+        FLAGS.config = options.keep_overrides(options.normalize(FLAGS.config), overrides)
     for name in ("workdir", "out"):
         if FLAGS[name].value is not None:
             FLAGS[name].value = os.path.expanduser(FLAGS[name].value)
@@ -283,39 +384,43 @@ def complain(error: object, code: int = 2) -> int:
     return code
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parses the flags, runs a mode, returns the exit code; errors of use are no tracebacks."""
     # TensorFlow only reads data here: without its greetings, and its oneDNN is not needed.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    argv = list(sys.argv if argv is None else argv)
+    config_files.make_importable()
     app.define_help_flags()
-    define_flags()
+    define_flags(argv)
     try:
         mode, arguments = parse(argv)
-    except UsageError as error:
-        return complain(error)
-    from anoseg_jax.running import distributed
-
-    try:
-        if mode.takes == PROCESSES:
-            at = (FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
-            if FLAGS.distributed or at != (None, None, None):
-                distributed.start(*at)
-                if not distributed.is_main_process():
-                    sys.stdout = Path(os.devnull).open("w")  # only the main process prints
-            distributed.stop_on_signals()
         code = mode.function(*[arguments] * bool(arguments))
-    except distributed.Stopped as stopped:
-        resume = "Checkpoints are kept. Run the same command again to resume."
-        print(f"{stopped}. {resume}", file=sys.stderr)
-        code = distributed.STOPPED
     except UsageError as error:
         code = complain(error)
     except OSError as error:
         kept = f". Checkpoints in {FLAGS.workdir} are kept: run again to resume"
         code = complain(f"{error}{kept if FLAGS.mode == 'train' else ''}")
-    except Exception as error:
-        if not distributed.is_distributed():
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] not in LEFT_OUT:
             raise
-        code = complain(distributed.peer_failed(error), distributed.PEER_FAILED)
-    distributed.leave(code)
+        code = complain(
+            f"--mode={FLAGS.mode} needs {error.name}, which the installation for predicting alone "
+            "leaves out: pip install anoseg_jax"
+        )
+    except Exception as error:
+        from anoseg_jax.running import distributed
+
+        if isinstance(error, distributed.Stopped):
+            resume = "Checkpoints are kept. Run the same command again to resume."
+            print(f"{error}. {resume}", file=sys.stderr)
+            code = distributed.STOPPED
+        elif distributed.is_distributed():
+            code = complain(distributed.peer_failed(error), distributed.PEER_FAILED)
+        else:
+            raise
+    if "anoseg_jax.running.distributed" in sys.modules:
+        from anoseg_jax.running import distributed
+
+        distributed.leave(code)
+    return code

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from anoseg_jax import UsageError, options
 from anoseg_jax.method import detector, models, train, train_state
-from anoseg_jax.running import loop
+from anoseg_jax.running import distributed, loop
 
 # What a run writes beside checkpoints, none of it large: in each training's folder, and above.
 OF_A_TRAINING = (
@@ -242,7 +242,10 @@ def report(config: ConfigDict, workdir: str | None, devices: int | None = None) 
     Raises UsageError, as a run would, if the options cannot work.
     """
     prepare(devices)
+    distributed.require_devices()
     options.check(config, training=True)
+    for _, training_config in trainings(config):
+        options.check_devices(training_config)
     workdir = workdir or "<workdir>"
     count, kind = jax.local_device_count(), jax.local_devices()[0].device_kind
     virtual = " (virtual, on the cores of this machine)" if devices else ""

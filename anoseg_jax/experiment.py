@@ -1,17 +1,14 @@
 """An experiment: trains, evaluates and writes every category, for each variant and each seed.
 
-A run is a list of units (variant, seed, category), each in a folder of its own. It can be shared
-out: with `config.shard` = i/n a command runs every n-th unit, and `merge` then writes the files
-that one command would have written.
+A run is a list of units (variant, seed, category), each in a folder of its own; see `shards`.
 """
 
 import contextlib
-import itertools
-import json
+import dataclasses
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,18 +16,17 @@ import numpy as np
 from etils.epath import Path
 from ml_collections import ConfigDict
 
-from anoseg_jax import UsageError, first_line, options
+from anoseg_jax import UsageError, first_line, options, shards
 from anoseg_jax.deploy.trained_model import TrainedModel
 from anoseg_jax.evaluation import evaluate, external_maps, results
 from anoseg_jax.images import batches, input_pipeline
 from anoseg_jax.interop import replay
 from anoseg_jax.method import detector, train
-from anoseg_jax.report import ablation, pages, pictures
+from anoseg_jax.report import ablation, only_good, pages, pictures
 from anoseg_jax.running import distributed, files, loop, train_log
 from anoseg_jax.running.checkpoint import Saved
 
 Splits = Any  # data.sources.Splits
-Unit = tuple[str, int | None, str]  # variant ("" without any), seed (None without any), category
 
 
 def load_train_images(train_split: Any, image_size: tuple[int, int]) -> np.ndarray:
@@ -69,13 +65,53 @@ def trained_on(images: np.ndarray, options: Mapping[str, Any], splits: Splits) -
     return images[kept]
 
 
+def load_held_out(splits: Splits, model: TrainedModel) -> dict[str, np.ndarray]:
+    """Returns the good images that a model's thresholds are made from (input_pipeline.load_arrays).
+
+    None of them if the images of `splits` are not those that the model was trained on.
+    """
+    options, validation = model.config, None
+    arrays = input_pipeline.load_arrays(splits.train, model.image_size)
+    chosen = np.argsort(arrays["name"], kind="stable")
+    images = arrays["image"][chosen]
+    if splits.validation is not None:
+        arrays = input_pipeline.load_arrays(splits.validation, model.image_size)
+        chosen = np.argsort(arrays["name"], kind="stable")
+        validation = arrays["image"][chosen]
+    elif len(images):
+        ids = batches.assign_image_ids(images)
+        _, held_out = batches.hold_out(ids, fraction=options["held_out"], seed=options["seed"])
+        chosen = chosen[held_out]
+    if train.images_sha256(images, validation) != model.record["images_sha256"]:
+        chosen = chosen[:0]
+    return {name: values[chosen] for name, values in arrays.items()}
+
+
+def show_held_out(
+    evaluation: evaluate.Evaluation,
+    model: TrainedModel,
+    arrays: dict[str, np.ndarray],
+    *,
+    batch_size: int,
+    **how: Any,
+) -> evaluate.Evaluation:
+    """Returns the evaluation of no test image with the maps of held-out good images to show.
+
+    Their own figures are left out: they would be those of the images that made the thresholds.
+    """
+    good = evaluate.evaluate(model, input_pipeline.test_batches(arrays, batch_size), **how)
+    results_without = evaluation.results | {"held_out_images": len(good.images)}
+    return dataclasses.replace(good, results=results_without, curves={})
+
+
 def run_category(
     config: ConfigDict, folder: Path, splits: Splits, *, training: bool
 ) -> tuple[evaluate.Evaluation, dict[str, np.ndarray]]:
     """Trains (if `training`) and evaluates one category in `folder`.
 
-    Returns the evaluation, with baselines on the main process only, and the arrays of the test
-    images (input_pipeline.load_arrays).
+    Returns the evaluation, with baselines on the main process only, and the arrays of its images
+    (input_pipeline.load_arrays). These are the test images; without any, the good images that are
+    held out for thresholds, `held_out_images` of the results.
 
     With `config.maps_dir`, evaluates the maps of another method instead of a model's. Raises
     external_maps.MapsError if these are missing or cannot be used, or `folder` is a model's.
@@ -131,10 +167,13 @@ def run_category(
             **how,
         )
     else:
-        evaluation = evaluate.evaluate(
-            predictor, test, detector=predictor.detector, image_score=settings.image_score, **how
-        )
-    has_baselines = settings.baselines and int(splits.train.cardinality())
+        how |= {"detector": predictor.detector, "image_score": settings.image_score}
+        evaluation = evaluate.evaluate(predictor, test, **how)
+        if not test:
+            arrays = load_held_out(splits, predictor)
+            how |= dict.fromkeys(native) | {"batch_size": settings.batch_size}
+            evaluation = show_held_out(evaluation, predictor, arrays, **how)
+    has_baselines = settings.baselines and test and int(splits.train.cardinality())
     if has_baselines and distributed.is_main_process():
         if images is None or tuple(config.image_size) != image_size:
             images = load_train_images(splits.train, image_size)
@@ -156,30 +195,6 @@ def export_replay(config: ConfigDict, workdir: Path, splits: Mapping[str, Splits
         folder = workdir / name / "replay"
         replay.export(category_config, images, folder)
         print(f"{name}: {category_config.num_steps} steps in {folder}")
-
-
-def plan_of(config: ConfigDict, categories: Sequence[str], command: str) -> dict[str, Any]:
-    """Returns what a run consists of, a dict that JSON can hold."""
-    return {
-        "variants": list(config.variants),
-        "seeds": list(config.seeds),
-        "categories": list(categories),
-        "image_size": list(config.image_size),
-        "command": command,
-    }
-
-
-def units_of(plan: Mapping[str, Any], shard: tuple[int, int] = (0, 1)) -> list[Unit]:
-    """Returns the units of shard i of n: every n-th of all variants, seeds and categories."""
-    index, count = shard
-    variants, seeds = plan["variants"] or [""], plan["seeds"] or [None]
-    return list(itertools.product(variants, seeds, plan["categories"]))[index::count]
-
-
-def folder_of(workdir: Path, variant: str = "", seed: int | None = None) -> Path:
-    """Returns the folder that holds the category folders of a variant and seed."""
-    folder = workdir / variant if variant else workdir
-    return folder if seed is None else folder / f"seed_{seed}"
 
 
 def with_seed(config: ConfigDict, seed: int | None) -> ConfigDict:
@@ -227,22 +242,23 @@ def run(
     Returns one line for each failure. Raises UsageError if options cannot work or another run is
     using `workdir`, and distributed.Stopped if a signal asks for it.
     """
-    for name in splits:
-        # Refuses what cannot work, before the first is trained.
-        options.of_category(config, name, training=training)
-    variants = options.of_variants(config, splits, training=training) or {"": config}
+    # Refuses what cannot work, before the first is trained.
+    variants = options.check_run(config, splits, training=training) or {"": config}
+    for variant_config in variants.values() if training else ():
+        for name in splits:
+            options.check_devices(options.of_category(variant_config, name))
     shard, whole = options.shard_of(config.shard), not config.shard
-    plan = plan_of(config, list(splits), re.sub(r" --config\.shard[= ]\S+", "", command))
-    units, failures = units_of(plan, shard), []
+    plan = shards.plan_of(config, list(splits), re.sub(r" --config\.shard[= ]\S+", "", command))
+    units, failures = shards.units_of(plan, shard), []
     options.use_compilation_cache(config.compilation_cache)
     writing = distributed.is_main_process()
 
     with distributed.lock(workdir, shared=not whole):
         if writing and not whole:
-            write_plan(workdir, plan, shard)
+            shards.write_plan(workdir, plan, shard)
         for variant, variant_config in variants.items():
             for seed in plan["seeds"] or [None]:
-                folder = folder_of(workdir, variant, seed)
+                folder = shards.folder_of(workdir, variant, seed)
                 unit_config, written = with_seed(variant_config, seed), False
                 for name in (unit[2] for unit in units if unit[:2] == (variant, seed)):
                     label = "/".join((*folder.parts[len(workdir.parts) :], name))
@@ -265,16 +281,18 @@ def run(
                     with collect_failure(failures, "report.html", folder):
                         pages.write_run(folder)
                     print(f"results: {folder}/results.md; pictures and curves: report.html there")
-            if writing and whole and plan["seeds"] and write_mean(workdir, plan, variant):
-                print(f"mean and spread over seeds: {folder_of(workdir, variant)}/results.md")
+            if writing and whole and plan["seeds"] and shards.write_mean(workdir, plan, variant):
+                print(
+                    f"mean and spread over seeds: {shards.folder_of(workdir, variant)}/results.md"
+                )
             if writing and whole and variant:
                 done = plan["variants"][: plan["variants"].index(variant) + 1]
-                table = write_table(workdir, plan | {"variants": done}, failures)
+                table = shards.write_table(workdir, plan | {"variants": done}, failures)
                 print(
                     f"{ablation.as_markdown(table)}\nthe table: {workdir}/ablation.md", flush=True
                 )
     if not whole:
-        total, done = len(units_of(plan)), len(units) - len(failures)
+        total, done = len(shards.units_of(plan)), len(units) - len(failures)
         print(
             f"done: {done} of {len(units)} units (variant, seed, category) of this shard; all "
             f"shards together have {total}. When all are done, run --mode=merge"
@@ -311,71 +329,7 @@ def run_unit(
             results.write_evaluation(folder, evaluation, arrays, store_maps=store_maps)
             count = category_config.evaluate.pictures
             pictures.write_pictures(folder / "pictures", evaluation, arrays, count)
-        print(results.summary(folder.name, evaluation.results), flush=True)
-
-
-def write_plan(workdir: Path, plan: Mapping[str, Any], shard: tuple[int, int]) -> None:
-    """Writes `workdir`/run.json; every shard writes the same, each to its own temporary file."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = workdir / f"run.json.{shard[0]}.tmp"
-    temporary.write_text(json.dumps(plan, indent=2) + "\n")
-    temporary.replace(workdir / "run.json")
-
-
-def write_mean(workdir: Path, plan: Mapping[str, Any], variant: str) -> bool:
-    """Writes results.json and .md of the mean over those seeds that have one; False without any."""
-    folders = {seed: folder_of(workdir, variant, seed) for seed in plan["seeds"]}
-    by_seed = {
-        seed: results.read_results(folder)
-        for seed, folder in folders.items()
-        if (folder / "results.json").exists()
-    }
-    if by_seed:
-        results.write_everything(folder_of(workdir, variant), results.mean_over_seeds(by_seed))
-    return bool(by_seed)
-
-
-def write_table(workdir: Path, plan: Mapping[str, Any], failures: Sequence[str]) -> dict[str, Any]:
-    """Writes ablation.json and .md of the plan's variants; returns the table."""
-    table = ablation.tabulate(workdir, plan["variants"], plan["categories"], plan["seeds"])
-    table |= {key: plan[key] for key in ("image_size", "command")} | {"failures": list(failures)}
-    ablation.write(table, workdir)
-    return table
-
-
-def merge(workdir: Path) -> list[str]:
-    """Writes the files above the category folders, as one command for all shards would have.
-
-    These are results.json, results.md and report.html for each variant and seed, the mean over
-    seeds, and the table of the variants. Returns a line for each category without results, and for
-    each folder whose categories were run with different options. Raises UsageError if no shard has
-    written a run.json.
-    """
-    try:
-        plan = json.loads((workdir / "run.json").read_text())
-    except FileNotFoundError:
-        raise UsageError(
-            f"{workdir} has no run.json: no run with --config.shard=i/n was started there"
-        ) from None
-    missing = []
-    for variant in plan["variants"] or [""]:
-        for seed in plan["seeds"] or [None]:
-            folder = folder_of(workdir, variant, seed)
-            contents = results.assemble(folder, plan["categories"])
-            missing += [
-                f"{folder / name}: has no results.json: its shard failed, or is not done"
-                for name in plan["categories"]
-                if name not in contents
-            ]
-            if len({content["config_sha256"] for content in contents.values()}) > 1:
-                missing.append(
-                    f"{folder}: the config_sha256 of its categories differ: run all shards with "
-                    "the same options"
-                )
-            if contents:
-                pages.write_run(folder)
-        if plan["seeds"]:
-            write_mean(workdir, plan, variant)
-    if plan["variants"]:
-        write_table(workdir, plan, missing)
-    return missing
+        summary = results.summary(folder.name, evaluation.results)
+        if only_good.is_only_good(evaluation.results):
+            summary = only_good.summary(folder.name, evaluation.results, command)
+        print(summary, flush=True)

@@ -1,18 +1,30 @@
-"""Options of a run: those of a variant and of a category, and whether they fit together."""
+"""Options of a run: those of a variant and of a category, and whether they fit together.
+
+Importing this imports no JAX: a wrong option is refused before that. Only `check_devices` and
+`use_compilation_cache` need it.
+"""
 
 import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 from etils.epath import Path
 from ml_collections import ConfigDict
 
 from anoseg_jax import UsageError
-from anoseg_jax.method import defects, losses, models
 
 PATHS = ("data_dir", "tfds_dir", "maps_dir", "resume", "compilation_cache")
+# The values of options that are names. A test holds them to what the method has.
+CHOICES = {
+    "dataset": ("folder", "mvtec_ad", "synthetic_ad"),
+    "defects.preset": ("default", "objects", "textures", "paper", "plain"),
+    "loss.segmentation": ("l1", "bce", "focal"),
+    "loss.reconstruction": ("restoration", "masked_l1"),
+    "loss.adversarial": ("bce", "hinge"),
+    "model.dtype": ("float32", "bfloat16"),
+    "evaluate.image_score": ("map", "detector"),
+}
 # What all variants of a run share.
 SHARED_BY_VARIANTS = (
     "dataset data_dir tfds_dir categories category_options seed seeds shard variants "
@@ -39,8 +51,9 @@ def normalize(config: ConfigDict) -> ConfigDict:
 def check(config: ConfigDict, *, training: bool = True) -> None:
     """Raises OptionError, naming the first option that cannot work, before anything is read.
 
-    Whether the batch fits the devices matters for `training` only.
+    Whether the batch fits the devices is for `check_devices`.
     """
+    check_tuples(config)
     if len(config.image_size) != 2 or min(config.image_size) < 1:
         raise OptionError(
             f"image_size={tuple(config.image_size)} must be height and width in pixels, for "
@@ -60,32 +73,19 @@ def check(config: ConfigDict, *, training: bool = True) -> None:
         if not Path(config.maps_dir).is_dir():
             raise OptionError(f"{where} is no folder; it holds <category>/<defect type>/<stem>.npy")
     shard_of(config.shard)
-    devices = jax.device_count() if training else 1
-    parts = devices * max(1, config.accumulate)
-    if config.batch_size < 1 or (training and config.batch_size % parts):
-        times = f", times accumulate={config.accumulate}" if config.accumulate > 1 else ""
-        raise OptionError(
-            f"batch_size={config.batch_size} must be a multiple of the {devices} devices{times}, "
-            f"for example {max(1, config.batch_size // parts) * parts}"
-        )
-    for key, value in (
-        *((key, config[key]) for key in "accumulate num_steps log_every checkpoint_every".split()),
-        ("detector.num_steps", config.detector.num_steps),
+    for key in (
+        *("batch_size", "accumulate", "num_steps", "log_every", "checkpoint_every"),
+        "detector.num_steps",
     ):
+        value = _value(config, key)
         if value < 1:
             raise OptionError(f"{key}={value} must be at least 1")
     for key in ("held_out", "evaluate.top_fraction"):
-        value = config.evaluate.top_fraction if "." in key else config[key]
+        value = _value(config, key)
         if not 0 <= value < 1:
             raise OptionError(f"{key}={value} must be from 0 to less than 1")
-    for key, value, choices in (
-        ("defects.preset", config.defects.preset, defects.PRESETS),
-        ("loss.segmentation", config.loss.segmentation, losses.SEGMENTATION),
-        ("loss.reconstruction", config.loss.reconstruction, losses.RECONSTRUCTION),
-        ("loss.adversarial", config.loss.adversarial, losses.ADVERSARIAL),
-        ("evaluate.image_score", config.evaluate.image_score, ("map", "detector")),
-        ("dataset", config.dataset, ("folder", "mvtec_ad", "synthetic_ad")),
-    ):
+    for key, choices in CHOICES.items():
+        value = _value(config, key)
         if value not in choices:
             raise OptionError(f"{key}={value!r} must be one of {', '.join(choices)}")
     if config.evaluate.image_score == "detector" and not config.detector.enabled:
@@ -93,14 +93,58 @@ def check(config: ConfigDict, *, training: bool = True) -> None:
     grid = config.defects.hard_augmentation.grid
     if not 1 <= grid <= min(config.image_size):
         raise OptionError(f"defects.hard_augmentation.grid={grid} must fit the image's pixels")
-    try:
-        models.create(config.model, config.loss)
-        models.create_detector(config.model, config.detector)
-        models.check_size(config.image_size, config.model.depth)
-        models.check_size(config.image_size, config.model.discriminator_depth)
-        check_memory_bank(config.memory_bank, config.image_size)
-    except ValueError as error:
-        raise OptionError(str(error)) from error
+    check_networks(config)
+    check_memory_bank(config.memory_bank, config.image_size)
+
+
+def _value(config: ConfigDict, path: str) -> Any:
+    """Returns the value of an option by its path, such as "model.width"."""
+    for name in path.split("."):
+        config = config[name]
+    return config
+
+
+def check_tuples(config: ConfigDict, path: str = "") -> None:
+    """Raises OptionError if an option that is several numbers has something else in it."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict) and key not in ("category_options", "variants"):
+            check_tuples(value, f"{path}{key}.")
+        elif isinstance(value, tuple):
+            kind, what = (str, "names") if key == "categories" else (int | float, "numbers")
+            if not all(isinstance(item, kind) for item in value):
+                raise OptionError(f"{path}{key}={value} must be {what}")
+
+
+def check_networks(config: ConfigDict) -> None:
+    """Raises OptionError if the networks cannot have these widths, or not this size of images."""
+    for key in ("model.width", "model.discriminator_width", "detector.width"):
+        value = _value(config, key)
+        if value % 8 or value < 1:
+            raise OptionError(f"{key}={value} must be a multiple of 8, the groups of GroupNorm")
+    height, width = config.image_size
+    for key in ("model.depth", "model.discriminator_depth"):
+        step = 2 ** _value(config, key)
+        if height % step or width % step:
+            good = tuple(max(step, round(side / step) * step) for side in (height, width))
+            raise OptionError(
+                f"image_size {height}x{width} does not fit {key}={_value(config, key)}: height and "
+                f"width must be multiples of {step}, for example {good[0]}x{good[1]}"
+            )
+
+
+def check_devices(config: ConfigDict) -> None:
+    """Raises OptionError if the devices cannot divide a batch of training among them."""
+    import jax
+
+    devices = jax.device_count()
+    parts = devices * config.accumulate
+    if config.batch_size % parts:
+        times = f", times accumulate={config.accumulate}" if config.accumulate > 1 else ""
+        these = "1 device" if devices == 1 else f"{devices} devices"
+        raise OptionError(
+            f"batch_size={config.batch_size} must be a multiple of {parts} ({these}{times}), for "
+            f"example {max(1, config.batch_size // parts) * parts}"
+        )
 
 
 def check_memory_bank(bank: ConfigDict, image_size: tuple[int, int]) -> None:
@@ -152,14 +196,54 @@ def shard_of(shard: str) -> tuple[int, int]:
     return index, count
 
 
+def unknown_option(error: KeyError | AttributeError, paths: Iterable[str] = ()) -> str:
+    """Returns the message for an option that does not exist, from the error of a ConfigDict.
+
+    `paths` are those that were named, such as "--config.model.widht": the message has the one with
+    the name in it.
+    """
+    text = str(error.args[0]) if error.args else ""
+    words = re.findall(r"\w+", text.removeprefix("Key "))
+    named = [(path, word) for word in words for path in paths if word in path.split(".")]
+    path, name = named[0] if named else (words[0], words[0])
+    similar = re.search(r"""Did you mean ["'\\]*(\w+)""", text)
+    advice = "configs/default.py has all options"
+    if similar:
+        advice = f"did you mean {path.replace(name, similar.group(1))}?"
+    return f"{path}: there is no such option; {advice}"
+
+
 def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     """Returns a locked copy of the options with some changed; OptionError if there is no such."""
     config = config.copy_and_resolve_references().lock()
     try:
         config.update(changes)
-    except (AttributeError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise OptionError(unknown_option(error)) from error
+    except (AttributeError, TypeError) as error:
         raise OptionError(" ".join(str(error).split())) from error
     return normalize(config).lock()
+
+
+def keep_overrides(config: ConfigDict, paths: Iterable[str]) -> ConfigDict:
+    """Returns a copy without those `category_options` that the command line has set otherwise.
+
+    `paths` are the options that it has set, such as "augment.rotation": it wins over the file. An
+    option of one category, "category_options.screw.num_steps", wins over that for all.
+    """
+    config = config.copy_and_resolve_references()
+    paths = [path.partition("[")[0] for path in paths]
+    for category, options in config.category_options.items():
+        for path in paths:
+            *parents, name = path.split(".")
+            branch: Any = options
+            for parent in parents:
+                branch = branch.get(parent) if isinstance(branch, ConfigDict) else None
+            is_set = isinstance(branch, ConfigDict) and name in branch
+            if is_set and f"category_options.{category}.{path}" not in paths:
+                with branch.unlocked():
+                    del branch[name]
+    return config
 
 
 def of_category(config: ConfigDict, category: str, *, training: bool = True) -> ConfigDict:
@@ -211,8 +295,23 @@ def of_variants(
     return variants
 
 
+def check_run(
+    config: ConfigDict, categories: Iterable[str], *, training: bool = True
+) -> dict[str, ConfigDict]:
+    """Checks the options of every category and variant; returns `of_variants`.
+
+    Raises OptionError.
+    """
+    check(config, training=training)
+    for category in categories:
+        of_category(config, category, training=training)
+    return of_variants(config, categories, training=training)
+
+
 def use_compilation_cache(folder: str) -> None:
     """Keeps compiled programs in `folder` from run to run; "" keeps none."""
     if folder:
+        import jax
+
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,17 +1,19 @@
-"""Opens what `config.dataset` names: folders of images, or a TFDS builder of this package."""
+"""Opens what `config.dataset` names: folders of images, or a TFDS builder of this package.
+
+TensorFlow is imported when a data set is opened, after everything was checked that can be.
+"""
 
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import tensorflow as tf
-import tensorflow_datasets as tfds
 from etils.epath import Path
 
-from anoseg_jax.images import input_pipeline, layout
+from anoseg_jax.images import layout
 
-Split = tf.data.Dataset
+Split = Any  # tf.data.Dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Splits:
 
 def _open_category(category: layout.Category, max_megapixels: float, bit_depth: int) -> Splits:
     """Returns the splits of a scanned folder, read when they are iterated."""
+    from anoseg_jax.images import input_pipeline
+
     load = functools.partial(layout.load, bit_depth=bit_depth, max_megapixels=max_megapixels)
 
     def open_split(examples: tuple[layout.Example, ...]) -> Split:
@@ -58,6 +62,48 @@ def _open_category(category: layout.Category, max_megapixels: float, bit_depth: 
     )
 
 
+def check_folders(
+    data_dir: str,
+    names: tuple[str, ...],
+    read: layout.ReadOptions | None = None,
+    *,
+    training: bool = True,
+) -> list[layout.Category]:
+    """Opens and decodes every file of the category folders; returns what they hold.
+
+    Args:
+      data_dir: holds the category folders.
+      names: of the categories, or ("all",).
+      read: how folders and files are read.
+      training: a category without images to train on cannot be used.
+
+    Raises LayoutError naming every file and folder that cannot be used. Imports no TensorFlow.
+    """
+    categories = layout.scan_categories(data_dir, names, read or layout.ReadOptions())
+    layout.require_usable(categories, training=training)
+    return categories
+
+
+def open_categories(
+    categories: Sequence[layout.Category],
+    *,
+    max_megapixels: float,
+    image_size: tuple[int, int] | None = None,
+) -> dict[str, Splits]:
+    """Returns the splits of categories that were checked, and prints the warnings about them.
+
+    Also of images that `image_size` squeezes, and of defects that it makes too small.
+    """
+    for category in categories:
+        sizes = layout.size_warnings(category, image_size) if image_size else []
+        for warning in (*category.warnings, *sizes):
+            print(f"warning: {warning}")
+    return {
+        category.name: _open_category(category, max_megapixels, category.bit_depth)
+        for category in categories
+    }
+
+
 def open_folders(
     data_dir: str,
     names: tuple[str, ...],
@@ -66,28 +112,24 @@ def open_folders(
     image_size: tuple[int, int] | None = None,
     training: bool = True,
 ) -> dict[str, Splits]:
-    """Returns the splits of each category folder, after every file was opened and decoded.
-
-    Args:
-      data_dir: holds the category folders.
-      names: of the categories, or ("all",).
-      read: how folders and files are read.
-      image_size: warns of images that this size squeezes, and of defects that it makes too small.
-      training: a category without images to train on cannot be used.
-
-    Prints the warnings. Raises LayoutError naming every file and folder that cannot be used.
-    """
+    """Returns the splits of category folders; see `check_folders` and `open_categories`."""
     read = read or layout.ReadOptions()
-    categories = layout.scan_categories(data_dir, names, read)
-    layout.require_usable(categories, training=training)
-    for category in categories:
-        sizes = layout.size_warnings(category, image_size) if image_size else []
-        for warning in (*category.warnings, *sizes):
-            print(f"warning: {warning}")
-    return {
-        category.name: _open_category(category, read.max_megapixels, category.bit_depth)
-        for category in categories
-    }
+    categories = check_folders(data_dir, names, read, training=training)
+    return open_categories(categories, max_megapixels=read.max_megapixels, image_size=image_size)
+
+
+def check_names(dataset: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the categories of a TFDS builder of this package that `names` stands for.
+
+    Raises LayoutError if one of them does not exist. Imports no TensorFlow.
+    """
+    known = tuple(importlib.import_module(f"data.{dataset}").CATEGORIES)
+    unknown = [name for name in names if name not in known and names != ("all",)]
+    if unknown:
+        raise layout.LayoutError(
+            f"{dataset}: no category {', '.join(unknown)}; it has {', '.join(known)}"
+        )
+    return known if names == ("all",) else names
 
 
 def open_prepared(
@@ -104,16 +146,13 @@ def open_prepared(
     Raises:
       LayoutError: there is no such builder config, or its files cannot be used.
     """
+    names = check_names(dataset, names)
+    import tensorflow_datasets as tfds
+
     module = importlib.import_module(f"data.{dataset}.{dataset}_dataset_builder")
-    known = tuple(module.Builder.builder_configs)
-    unknown = [name for name in names if name not in known and names != ("all",)]
-    if unknown:
-        raise layout.LayoutError(
-            f"{dataset}: no category {', '.join(unknown)}; it has {', '.join(known)}"
-        )
     tfds.disable_progress_bar()
     splits = {}
-    for name in known if names == ("all",) else names:
+    for name in names:
         builder = module.Builder(config=name, data_dir=tfds_dir or None)
         by_hand = module.Builder.MANUAL_DOWNLOAD_INSTRUCTIONS and not builder.is_prepared()
         if by_hand and not (data_dir and Path(data_dir).is_dir()):

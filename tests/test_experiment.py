@@ -10,7 +10,7 @@ import pytest
 import tiny_config
 from PIL import Image
 
-from anoseg_jax import experiment
+from anoseg_jax import experiment, shards
 from anoseg_jax.evaluation import evaluate
 from anoseg_jax.evaluation.results import assemble, write_category
 from anoseg_jax.report import pictures, plots
@@ -64,10 +64,10 @@ def files(workdir):
 @pytest.mark.parametrize("count", [1, 2, 5, 12, 40])
 def test_every_unit_is_in_one_shard(count):
     plan = {"variants": ["a", "b"], "seeds": [0, 1], "categories": ["screw", "tile", "wood"]}
-    units = [unit for index in range(count) for unit in experiment.units_of(plan, (index, count))]
+    units = [unit for index in range(count) for unit in shards.units_of(plan, (index, count))]
     assert len(set(units)) == len(units) == 12
-    assert set(units) == set(experiment.units_of(plan))
-    sizes = {len(experiment.units_of(plan, (index, count))) for index in range(count)}
+    assert set(units) == set(shards.units_of(plan))
+    sizes = {len(shards.units_of(plan, (index, count))) for index in range(count)}
     assert max(sizes) - min(sizes) <= 1
 
 
@@ -79,7 +79,7 @@ def test_merged_shards_are_what_one_command_writes(run, tmp_path, seeds):
         written = set(files(tmp_path / "many"))
         assert not {path.name for path in written} & {"results.md", "report.html"}
         assert all(path.parent.name in SPLITS for path in written - {Path("run.json")})
-    assert experiment.merge(tmp_path / "many") == []
+    assert shards.merge(tmp_path / "many") == []
     one, many = files(tmp_path / "one"), files(tmp_path / "many")
     plan = json.loads(many.pop(Path("run.json")))
     assert plan["categories"] == list(SPLITS) and plan["command"] == "python launch.py --config=c"
@@ -127,14 +127,14 @@ def test_what_is_missing_and_what_differs_is_named(run, tmp_path):
     broken.touch()
     assert run(tmp_path, "1/2") == ["without/seed_1/tile: broken"]
     why = "has no results.json: its shard failed, or is not done"
-    assert experiment.merge(tmp_path) == [f"{broken.parent}: {why}"]
+    assert shards.merge(tmp_path) == [f"{broken.parent}: {why}"]
     table = json.loads((tmp_path / "ablation.json").read_text())
     assert table["failures"] == [f"{broken.parent}: {why}"]
     results = json.loads((broken.parents[1] / "results.json").read_text())
     assert list(results["categories"]) == ["screw", "wood"]
     broken.unlink()
     run(tmp_path, "1/2", num_steps=7)
-    first, *others = experiment.merge(tmp_path)
+    first, *others = shards.merge(tmp_path)
     assert f"{broken.parents[1]}: the config_sha256 of its categories differ" in first
     assert len(others) == 3
     categories = json.loads((broken.parents[1] / "results.json").read_text())["categories"]

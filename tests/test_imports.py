@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A group may import the groups to its right only; modules of one folder, and cli and the modules
 # beside it, may import each other.
 FOLDERS = (
-    *(("cli", "api", "experiment", "dry_run"), ("options",)),
+    *(("cli", "api", "experiment", "dry_run"), ("shards", "options", "config_files")),
     *(("deploy", "interop", "report"), ("evaluation",), ("method",), ("running", "images")),
 )
 # Within method/, where modules of one group may not import each other.

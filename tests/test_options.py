@@ -1,12 +1,17 @@
 """Configs and what they refuse, before anything is read."""
 
 import importlib
+from pathlib import Path
 
 import pytest
 import tiny_config
 
-from anoseg_jax import options
+from anoseg_jax import UsageError, config_files, options
+from anoseg_jax.evaluation import evaluate
+from anoseg_jax.method import defects, losses, models
 from configs import ablation, default, folder, mvtec
+
+DATA = Path(__file__).resolve().parents[1] / "data"
 
 
 @pytest.mark.parametrize(
@@ -19,6 +24,12 @@ def test_every_config_can_be_run(name):
     for category in config.categories:
         options.of_category(config, category)
     options.of_variants(config, config.categories)
+
+
+def test_a_config_that_does_not_exist_is_refused_with_those_that_do():
+    assert config_files.load("cpu").image_size == (128, 128)
+    with pytest.raises(UsageError, match="config='gpu': there is no such config, only ablation, c"):
+        config_files.load("gpu")
 
 
 def test_categories_are_picked_by_name():
@@ -43,8 +54,10 @@ def test_options_of_a_category_stand_in_for_those_of_the_run():
     ("changes", "message"),
     [
         ({"batch_size": 6}, r"batch_size=6 .*4 devices.*example 4"),
-        ({"batch_size": 0}, r"batch_size=0 .*example 4"),
-        ({"batch_size": 20, "accumulate": 3}, r"=20 .*4 devices, times accumulate=3, .*example 12"),
+        ({"batch_size": 0}, r"batch_size=0 must be at least 1"),
+        ({"batch_size": 20, "accumulate": 3}, r"=20 .*4 devices, times accumulate=3.*example 12"),
+        ({"image_size": ("a", "b")}, r"image_size=\('a', 'b'\) must be numbers"),
+        ({"categories": (3,)}, r"categories=\(3,\) must be names"),
         ({"accumulate": 0}, "accumulate=0 must be at least 1"),
         ({"num_steps": 0}, "num_steps=0"),
         ({"shard": "4/4"}, "shard='4/4' must be i/n with i from 0 to n-1"),
@@ -71,7 +84,30 @@ def test_what_cannot_work_is_refused_with_key_value_and_remedy(changes, message)
     config.update_from_flattened_dict(changes)
     with pytest.raises(options.OptionError, match=message) as caught:
         options.check(config)
+        options.check_devices(config)
     assert "\n" not in str(caught.value)
+
+
+def test_the_names_that_options_may_have_are_those_of_the_method():
+    assert options.CHOICES["defects.preset"] == tuple(defects.PRESETS)
+    assert options.CHOICES["loss.segmentation"] == tuple(losses.SEGMENTATION)
+    assert options.CHOICES["loss.adversarial"] == tuple(losses.ADVERSARIAL)
+    assert options.CHOICES["evaluate.image_score"] == evaluate.IMAGE_SCORES
+    assert not set(options.CHOICES["dataset"][1:]) - {path.name for path in DATA.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("width", 20), ("discriminator_width", 4), ("dtype", "float16"), ("depth", 6)],
+)
+def test_the_networks_refuse_what_the_options_refuse(key, value):
+    config = tiny_config.get_config()
+    config.model[key] = value
+    with pytest.raises(options.OptionError, match=f"model.{key}"):
+        options.check(config)
+    with pytest.raises(ValueError, match=f"model.{key}"):
+        models.create(config.model, config.loss)
+        models.check_size(config.image_size, config.model.depth)
 
 
 @pytest.mark.parametrize(
@@ -136,12 +172,20 @@ def test_maps_of_another_method_cannot_be_trained():
         options.check(config)
 
 
-def test_the_devices_limit_the_batch_of_training_only():
+def test_the_command_line_wins_over_the_options_of_a_category_and_a_variant_over_both():
     config = tiny_config.get_config()
-    config.batch_size = 6  # there are 4 devices
-    options.check(config, training=False)
-    with pytest.raises(options.OptionError, match="batch_size=6"):
-        options.check(config)
+    config.category_options.bolt = {"num_steps": 200, "augment": {"rotation": 5.0, "shift": 0.1}}
+    config.category_options.nut = {"num_steps": 300}
+    config.variants.long = {"num_steps": 900}
+    config.num_steps, config.augment.rotation, config.category_options.nut.num_steps = 20, 1.0, 30
+    set_there = ["num_steps", "augment.rotation", "category_options.nut.num_steps"]
+    kept = options.keep_overrides(config, set_there)
+    bolt, nut = (options.of_category(kept, name) for name in ("bolt", "nut"))
+    assert (bolt.num_steps, bolt.augment.rotation, bolt.augment.shift) == (20, 1.0, 0.1)
+    assert nut.num_steps == 30
+    variant = options.of_variants(kept, ["bolt"])["long"]
+    assert options.of_category(variant, "bolt").num_steps == 900
+    assert config.category_options.bolt.num_steps == 200
 
 
 def test_paths_at_home_and_square_images_are_understood(monkeypatch):
@@ -160,8 +204,9 @@ def test_paths_at_home_and_square_images_are_understood(monkeypatch):
 def test_an_unknown_option_of_a_category_is_refused():
     config = tiny_config.get_config()
     config.category_options.bolt = {"augmentation": {"flip_horizontal": True}}
-    with pytest.raises(options.OptionError, match="category_options.bolt.*augmentation"):
+    with pytest.raises(options.OptionError, match="category_options.bolt.*augmentation") as error:
         options.of_category(config, "bolt")
+    assert len(str(error.value)) < 120
     config.category_options.bolt = {"layout": "btad"}
     with pytest.raises(options.OptionError, match="bolt: layout is the same for all categories"):
         options.of_category(config, "bolt")

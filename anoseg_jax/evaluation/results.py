@@ -194,14 +194,21 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         rows.append((name, *cells, "-" if seconds is None else f"{seconds:.0f}"))
     rows.append(("**mean**", *(_cell(results["mean"], metric) for metric in METRICS), ""))
     lines = markdown_table(("category", *METRICS, "train seconds"), rows)
-    reasons = [
-        f"- {name}: {metric}: {reason}"
-        for name, category in categories.items()
-        for metric, reason in category["not_available"].items()
-        if metric in METRICS
-    ]
+    reasons = []
+    for name, category in categories.items():
+        missing: dict[str, list[str]] = {}
+        for metric in METRICS:
+            if metric in category["not_available"]:
+                missing.setdefault(category["not_available"][metric], []).append(metric)
+        reasons += [f"- {name}: {', '.join(several)}: {why}" for why, several in missing.items()]
     lines += _image_scores_table(categories)
     lines += ["", "Not available:", *reasons] if reasons else []
+    for name, category in categories.items():
+        if category.get("held_out_images"):  # what is known without test images
+            values = [
+                f"{k} {format_value(v['threshold'])}" for k, v in category["thresholds"].items()
+            ]
+            lines += ["", f"Thresholds of {name}, from good photographs: {', '.join(values)}"]
     return "\n".join([*lines, *_baselines_table(categories), ""])
 
 

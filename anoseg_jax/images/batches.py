@@ -21,11 +21,13 @@ def assign_image_ids(images: np.ndarray) -> np.ndarray:
 def hold_out(image_ids: np.ndarray, *, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the positions of the images to train on, and of those to make thresholds from.
 
-    The fraction is rounded down, and at least one image is left to train on. Equal images, which
-    share an id, are on the same side. The split depends on the seed and the ids only.
+    The fraction is rounded down, but of four or more images at least one is held out: without one
+    there is no threshold. At least one image is left to train on. Equal images, which share an id,
+    are on the same side. The split depends on the seed and the ids only.
     """
     unique = np.unique(image_ids)
-    count = min(int(fraction * len(unique)), len(unique) - 1)
+    least = int(fraction > 0 and len(unique) >= 4)
+    count = min(max(int(fraction * len(unique)), least), len(unique) - 1)
     # A random stream of its own: not the one that shuffles the first epoch.
     order = np.random.default_rng([seed, 0, 1]).permutation(len(unique))
     is_held_out = np.isin(image_ids, unique[order[: max(count, 0)]])

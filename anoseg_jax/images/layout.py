@@ -73,7 +73,10 @@ class Category:
 
 
 def _category_folders(data_dir: Path, layout: str) -> dict[str, Path]:
-    """The folders of `data_dir` that a layout fits, by their printable names."""
+    """The folders of `data_dir` that a layout fits, by their printable names.
+
+    With the layout "photographs", and no folder of them in it, `data_dir` is the category itself.
+    """
     if not data_dir.is_dir():
         raise LayoutError(
             f"{printable(data_dir)}: is not a folder: data_dir holds the category folders"
@@ -83,6 +86,8 @@ def _category_folders(data_dir: Path, layout: str) -> dict[str, Path]:
     # The folders of a category may look like categories of good images.
     if set(known.values()) <= {"normal_abnormal", "only_good"} and layouts.find(data_dir):
         return {}
+    if not known and layout == "photographs" and layouts.find(data_dir, layout):
+        known = {data_dir.absolute(): layout}
     return {printable(folder.name): folder for folder in known}
 
 
@@ -102,6 +107,11 @@ def scan_categories(
     Raises:
       LayoutError: a named category is missing, or there is none at all; lists what is there.
     """
+    if not os.fspath(data_dir):
+        raise LayoutError(
+            "data_dir is missing: --config.data_dir=DIR is the folder that holds a folder for each "
+            "kind of part, with photographs of good parts in DIR/<category>/train/good"
+        )
     data_dir, options = Path(data_dir), options or ReadOptions()
     folders = _category_folders(data_dir, options.layout)
     takes_all = tuple(names) == ("all",)
@@ -148,6 +158,8 @@ def _no_category(
     if not folders and layouts.find(data_dir):
         parent = printable(data_dir.absolute().parent)
         return f"{here}: is a category itself: use its parent, --config.data_dir={parent}"
+    if not folders and (flat := _flat_folders(data_dir)):
+        return _flat_message(data_dir, flat)
     if not folders:
         return (
             f"{here}: no category folder in it: put photographs of good parts into "
@@ -163,7 +175,33 @@ def _no_category(
     for name in missing:
         if child(data_dir, name).is_dir():
             hint += f"; in the folder {name} was {_misfit(child(data_dir, name), layout)}"
+    if len(missing) > 4:
+        hint += "; --config.categories=all takes all that are there"
+        missing = [*missing[:4], f"and {len(missing) - 4} more"]
     return f"{here}: no category {', '.join(missing)} in it{hint}"
+
+
+def _flat_folders(data_dir: Path) -> list[Path]:
+    """The folders that hold photographs in no folder: `data_dir`, or else those in it."""
+    folders = [data_dir], entries(data_dir)[0]
+    flat = (
+        [folder for folder in some if any(map(is_image, entries(folder)[1]))] for some in folders
+    )
+    return next(filter(None, flat), [])
+
+
+def _flat_message(data_dir: Path, flat: list[Path]) -> str:
+    """The message for photographs that lie in folders without the folders of a layout."""
+    here, in_itself = printable(data_dir), flat == [data_dir]
+    where = here if in_itself else f"{here}: {printable(names_of(flat))}"
+    pictures = [path for path in entries(flat[0])[1] if is_image(path)]
+    category = f"{here}/<category>" if in_itself else f"{here}/{printable(flat[0].name)}"
+    return (
+        f"{where}: photographs ({printable(names_of(pictures, 2))}) are not in folders that say "
+        f"what they show: move good parts to {category}/train/good, some of them to "
+        f"{category}/test/good, defective parts to {category}/test/<defect type>; or, if all of "
+        "them show good parts, leave them there and add --config.layout=photographs"
+    )
 
 
 def require_usable(categories: Sequence[Category], *, training: bool = True) -> None:

@@ -344,13 +344,14 @@ def make_checkpoint_fn(
     return on_checkpoint
 
 
-def check_images(sha256: str, record: Mapping[str, Any]) -> None:
-    """Raises TrainingError if a checkpoint's record is of other images."""
+def check_images(sha256: str, folder: epath.PathLike, record: Mapping[str, Any]) -> None:
+    """Raises TrainingError if the record of a checkpoint in `folder` is of other images."""
     recorded = record["images_sha256"]
     if recorded != sha256:
         raise loop.TrainingError(
             f"the checkpoint was trained with another images_sha256: {recorded[:12]}, now "
-            f"{sha256[:12]}. Restore the images, or train in a new --workdir"
+            f"{sha256[:12]}. Restore the images, or train in a new --workdir; "
+            f"--config.resume={folder} starts from these weights there"
         )
 
 
@@ -363,7 +364,8 @@ def starting_point(
     """Returns the first state, with its memory bank, and the record of the run so far.
 
     `arrays` are those of `split_images`. `saved` is the checkpoint to resume from: its memory bank
-    is kept if images, seed and `held_out` are the same; with `config.resume` they may differ.
+    is kept if images, seed and `held_out` are the same; with `config.resume` they may differ, and
+    with other images it is at step 0.
     """
     static, options = train_state.split_options(config)
     if saved is None:
@@ -376,7 +378,13 @@ def starting_point(
     else:
         state, record = saved.state, saved.record
         has_bank = (sha256, config.seed, config.held_out) == data_of(saved)
-        if record["images_sha256"] == sha256 and not has_bank:
+        if record["images_sha256"] != sha256:
+            print(
+                f"the images are not those of config.resume={config.resume}: a new schedule of "
+                f"{config.num_steps} steps starts from its weights, and the memory bank is built "
+                f"anew from {len(arrays['image'])} images"
+            )
+        elif not has_bank:
             print(
                 "warning: the run of config.resume was trained on images that are held out now: "
                 "thresholds may be too low",
@@ -439,8 +447,9 @@ def fit(
         options=options,
         arrays=arrays,
         learning_rate=partial(train_state.learning_rate_schedule, options=options["optimizer"]),
-        check_record=partial(check_images, sha256),
+        check_record=partial(check_images, sha256, folder),
         start=partial(starting_point, config, arrays, sha256),
         on_checkpoint=make_checkpoint_fn(config, template, held_out, panels=panels),
+        has_data_of=lambda record: record["images_sha256"] == sha256,
     )
     return loop.run(config, folder, training, make_batches=make_batches, writer=writer)

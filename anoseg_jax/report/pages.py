@@ -22,7 +22,7 @@ from anoseg_jax.evaluation.results import (
     read_results,
 )
 from anoseg_jax.images.drawing import FOUND, colour_scale
-from anoseg_jax.report import templates
+from anoseg_jax.report import only_good, templates
 from anoseg_jax.report.panels import TRUTH, draw_gallery
 from anoseg_jax.report.plots import draw_curves, draw_training, types_of
 from anoseg_jax.report.verdicts import VERDICTS, make_cards, shown_threshold
@@ -84,6 +84,9 @@ def category_page(
         cards=list(zip(shown, gallery, strict=True)),
         images=len(cards),
         no_gallery=no_images or "There are no test images.",
+        only_good=only_good.is_only_good(of_category),
+        threshold_lines=only_good.threshold_lines(of_category),
+        predict_command=only_good.predict_command(results.get("command"), category),
         types=types,
         type_counts=Counter(card.defect_type for card in cards),
         config=json.dumps(config, indent=2, ensure_ascii=False) if config is not None else None,
@@ -97,7 +100,7 @@ def count_verdicts(folder: Path, results: Mapping[str, Any]) -> list[str]:
     """Returns the missed defective images and the false alarms, each as text: "1 of 8"."""
     rows, _ = read_optional(folder / "images.csv", parse_rows)
     threshold = shown_threshold(results, "image")
-    if rows is None or threshold is None:
+    if rows is None or threshold is None or only_good.is_only_good(results):
         return ["not available"] * 2
     counts = Counter((row["label"], row["score"] >= threshold) for row in rows)
     missed, alarms = counts[1, False], counts[0, True]
@@ -111,6 +114,7 @@ def run_page(workdir: Path, results: Mapping[str, Any]) -> str:
             "name": name,
             "link": urllib.parse.quote(name, safe="") + "/report.html",
             "results": category,
+            "only_good": only_good.is_only_good(category),
             "verdicts": count_verdicts(workdir / name, category),
         }
         for name, category in results["categories"].items()

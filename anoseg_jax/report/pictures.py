@@ -35,7 +35,8 @@ def choose(cards: list[Card], count: int) -> dict[str, list[Card]]:
     """Returns which images to show, by kind; at most `count` of each kind.
 
     best and worst: defective images by IoU (by score where there are no masks); missed and
-    false_alarm: images with this verdict, in the order of `cards`.
+    false_alarm: images with this verdict, in the order of `cards`. Without any defective image,
+    good ones by score, the highest first.
     """
     defective = [card for card in cards if card.label]
     ranked = [card for card in defective if card.iou is not None]
@@ -46,6 +47,9 @@ def choose(cards: list[Card], count: int) -> dict[str, list[Card]]:
     chosen = {"best": ranked[::-1], "worst": ranked}
     for verdict in ("missed", "false_alarm"):
         chosen[verdict] = [card for card in cards if card.verdict == verdict]
+    if not defective:
+        passed = [card for card in cards if card.verdict != "false_alarm"]
+        chosen["good"] = sorted(passed, key=lambda card: (-card.score, card.index))
     return {kind: of_kind[:count] for kind, of_kind in chosen.items()}
 
 

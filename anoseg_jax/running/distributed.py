@@ -62,10 +62,24 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
         raise UsageError(
             f"the processes of this run cannot connect: {first_line(error)}{hint}"
         ) from error
+    require_devices()
     # CPU processes connect at their first exchange and wait 30 s for it: now, while all are here.
     ones = np.ones(jax.local_device_count())
     jax.block_until_ready(jax.pmap(lambda x: jax.lax.psum(x, "all"), axis_name="all")(ones))
     multihost_utils.process_allgather(ones)
+
+
+def require_devices() -> None:
+    """Raises UsageError if JAX finds no device of the kind that JAX_PLATFORMS asks for."""
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:  # jax has an assertion where none is found
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        why = f" ({first_line(error)})" if str(error) else ""
+        raise UsageError(
+            f"JAX_PLATFORMS={asked}: JAX finds no such device here{why}: unset JAX_PLATFORMS to "
+            "take what there is, or install the driver and jax[cuda12], jax[cuda13] or jax[tpu]"
+        ) from error
 
 
 def is_distributed() -> bool:

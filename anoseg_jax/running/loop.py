@@ -34,7 +34,7 @@ MAY_CHANGE = (
     "layout mask_suffix ignore_name max_megapixels"
 ).split()
 # Options that may also differ from those of `config.resume`: the memory bank is then built anew.
-MAY_CHANGE_ELSEWHERE = ["seed", "held_out"]
+MAY_CHANGE_ELSEWHERE = ["seed", "held_out", "learning_rate", "warmup_steps"]
 
 Batch = dict[str, np.ndarray]
 Record = dict[str, Any]
@@ -58,6 +58,8 @@ class Training(NamedTuple):
       check_record: raises if the record of a checkpoint in this folder does not fit this run.
       start: from the checkpoint to resume (or None) to the first state and the record so far.
       on_checkpoint: from state and step to additions to the record, and images for TensorBoard.
+      has_data_of: whether a record is of this run's data; if not, a run with `config.resume` starts
+        from the weights at step 0, with a schedule of its own.
     """
 
     network: str
@@ -70,6 +72,7 @@ class Training(NamedTuple):
     check_record: Callable[[Record], None]
     start: Callable[[checkpoint.Saved | None], tuple[Any, Record]]
     on_checkpoint: Callable[[Any, int], tuple[Record, dict[str, np.ndarray]]]
+    has_data_of: Callable[[Record], bool] = lambda record: True
 
 
 @functools.cache
@@ -174,7 +177,8 @@ def restore(
     """Returns the checkpoint to resume from, or None for a fresh start.
 
     1. The newest intact checkpoint of this folder, which `manager` has open.
-    2. The newest one of `config.resume`. It may have another seed, `held_out` and other images.
+    2. The newest one of `config.resume`. It may have another seed, `held_out`, learning rate and
+       warm-up, and other images; with these it is returned as step 0 of a new schedule.
 
     Raises:
       TrainingError: options differ, or `config.resume` has no checkpoint or all steps already.
@@ -198,6 +202,9 @@ def restore(
             saved = checkpoint.restore(m, template=training.template, check=check_elsewhere)
         if saved is None:
             raise TrainingError(f"{where}: there is no checkpoint")
+        if not training.has_data_of(saved.record):
+            state = saved.state.replace(step=np.zeros_like(saved.state.step))
+            return saved._replace(state=state, step=0)
         if saved.step >= config.num_steps:
             raise TrainingError(
                 f"{where} is at step {saved.step} already: num_steps={config.num_steps} must be "

@@ -10,24 +10,7 @@ import tensorflow_datasets as tfds
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 from anoseg_jax.images import layout  # noqa: E402
 from data import features  # noqa: E402
-
-CATEGORIES = (
-    "bottle",
-    "cable",
-    "capsule",
-    "carpet",
-    "grid",
-    "hazelnut",
-    "leather",
-    "metal_nut",
-    "pill",
-    "screw",
-    "tile",
-    "toothbrush",
-    "transistor",
-    "wood",
-    "zipper",
-)
+from data.mvtec_ad import CATEGORIES  # noqa: E402
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):

@@ -191,7 +191,7 @@ def test_follow_appends_complete_files_until_it_is_stopped(workdir, tmp_path):
         (["--out=O", "--config=tests/tiny_config.py", "PHOTO"], "--config does not belong to"),
         (
             ["--out=O", "--pixel_threshold=128", "PHOTO"],
-            "pixel_threshold=128.0 must be",
+            "--pixel_threshold=128: 128.0 is not a number in the range [0, 1]",
         ),
         (["--out=O", "--category=ring", "PHOTO"], "is the model of bolt, not of ring"),
     ],

@@ -59,10 +59,16 @@ def test_held_out_images_are_not_trained_on_and_depend_on_seed_and_number_alone(
     assert not np.array_equal(held_out, batches.hold_out(np.arange(25), fraction=0.2, seed=4)[1])
 
 
-@pytest.mark.parametrize(("count", "fraction"), [(1, 0.9), (9, 0.1), (5, 0.0)])
+@pytest.mark.parametrize(("count", "fraction"), [(1, 0.9), (3, 0.1), (5, 0.0)])
 def test_with_too_few_images_none_is_held_out(count, fraction):
     kept, held_out = batches.hold_out(np.arange(count), fraction=fraction, seed=0)
     assert kept.tolist() == list(range(count)) and not held_out.size
+
+
+@pytest.mark.parametrize(("count", "number"), [(4, 1), (9, 1), (10, 1), (25, 2)])
+def test_of_four_or_more_images_at_least_one_is_held_out(count, number):
+    _, held_out = batches.hold_out(np.arange(count), fraction=0.1, seed=0)
+    assert len(held_out) == number
 
 
 def test_a_single_image_fills_a_batch():

@@ -183,22 +183,30 @@ def test_good_parts_are_good_by_another_name(folder):
     assert category.errors == () and counts(category) == (3, 0, 2, 2)
 
 
-def test_photographs_in_no_folder_are_good_ones_only_where_this_is_asked_for(tmp_path):
+@pytest.mark.parametrize("data_dir", ["part", "."])
+def test_photographs_in_no_folder_are_good_ones_only_where_this_is_asked_for(tmp_path, data_dir):
     draw(tmp_path / "part", numbered("{}.png", 3))
-    with pytest.raises(layout.LayoutError, match="no category folder"):
-        layout.scan_categories(tmp_path, ("all",))
+    with pytest.raises(layout.LayoutError) as error:
+        layout.scan_categories(tmp_path / data_dir, ("all",))
+    message = only([str(error.value)])
+    category = f"{tmp_path / data_dir}/{'<category>' if data_dir == 'part' else 'part'}"
+    for folder in ("train/good", "test/good", "test/<defect type>"):
+        assert f"{category}/{folder}" in message
+    assert "000.png, 001.png and 1 more" in message
+    assert "--config.layout=photographs" in message
     options = layout.ReadOptions(layout="photographs")
-    (category,) = layout.scan_categories(tmp_path, ("all",), options)
-    assert category.errors == () and counts(category) == (3, 0, 0, 0)
+    for names in (("all",), ("part",)):
+        (category,) = layout.scan_categories(tmp_path / data_dir, names, options)
+        assert category.name == "part" and category.errors == ()
+        assert counts(category) == (3, 0, 0, 0)
 
 
-def test_a_flat_folder_of_photographs_is_told_where_to_put_them(tmp_path):
-    draw(tmp_path, numbered("{}.png", 6))
+def test_a_folder_without_photographs_is_told_the_known_layouts(tmp_path):
+    (tmp_path / "part" / "scans").mkdir(parents=True)
     with pytest.raises(layout.LayoutError) as error:
         layout.scan_categories(tmp_path, ("all",))
     message = only([str(error.value)])
     assert f"{tmp_path}/<category>/train/good" in message
-    assert "6 images (000.png, 001.png, 002.png, 003.png and 2 more)" in message
     for known in KNOWN:
         assert LAYOUTS[known].tree in message
 

@@ -109,7 +109,8 @@ def test_the_number_of_devices_changes_nothing_but_rounding(before, devices, fou
     assert metrics.keys() == four_devices[1].keys()
     for name, expected in four_devices[1].items():
         np.testing.assert_allclose(metrics[name][0], expected[0], rtol=1e-5, err_msg=name)
-        np.testing.assert_allclose(metrics[name], expected, rtol=1e-3, err_msg=name)
+        # Rounding puts single pixels of a defect on the other side of min_change.
+        np.testing.assert_allclose(metrics[name], expected, rtol=1e-2, err_msg=name)
 
 
 def test_after_a_step_all_replicas_of_all_leaves_are_equal_to_the_byte(four_devices):
@@ -194,17 +195,25 @@ def largest_difference(one, other):
 
 
 @pytest.mark.parametrize("change", ["nothing", "images", "seed", "held_out"])
-def test_config_resume_continues_another_workdir(trained, tmp_path, change):
+def test_config_resume_continues_another_workdir(trained, tmp_path, capsys, change):
     """With other images, another seed or `held_out` the memory bank is built anew."""
     folder, before = trained[0], trained[1].state
     images = IMAGES[::-1].copy() if change == "images" else IMAGES
     config = make_config(num_steps=7, resume=str(folder))
     config.update({"seed": {"seed": 3}, "held_out": {"held_out": 0.2}}.get(change, {}))
     saved = train.fit(config, images, tmp_path)
-    # One step further, not from the beginning: Adam moves a weight by about the learning rate.
-    (line,) = map(json.loads, (tmp_path / "train_log.jsonl").open())
+    # From its weights: Adam moves a weight by about the learning rate in each step.
+    lines = list(map(json.loads, (tmp_path / "train_log.jsonl").open()))
+    # One step further; with other images, all steps of a new schedule.
+    assert [line["step"] for line in lines] == ([2, 4, 6, 7] if change == "images" else [7])
+    rates = train_state.learning_rate_schedule(
+        np.arange(0 if change == "images" else 6, 7),
+        train_state.split_options(config)[1]["optimizer"],
+    )
     difference = largest_difference(saved.state["generator"], before["generator"])
-    assert line["step"] == 7 and 0 < difference < 2 * line["learning_rate"]
+    assert 0 < difference < 2 * float(np.sum(rates))
+    is_stated = "new schedule of 7 steps" in capsys.readouterr().out
+    assert is_stated == (change == "images")
     arrays, _ = train.split_images(config, images)
     fresh = train.build_memory_bank(config, arrays["image"], arrays["image_id"])
     bank = memory_bank.from_dicts(saved.state["memory_bank"])
@@ -213,9 +222,25 @@ def test_config_resume_continues_another_workdir(trained, tmp_path, change):
     assert is_kept == (change == "nothing")
 
 
+def test_more_images_start_a_schedule_of_the_same_number_of_steps(trained, tmp_path):
+    """From the weights of config.resume; then the folder's own checkpoint is resumed as ever."""
+    images = np.concatenate([IMAGES, IMAGES[:2, ::-1]])
+    config = make_config(resume=str(trained[0]))
+    assert trained[1].step == config.num_steps
+    with pytest.raises(Killed):
+        train.fit(config, images, tmp_path, make_batches=killed_after(5))
+    resumed = train.fit(config, images, tmp_path)
+    whole = train.fit(config, images, tmp_path / "whole")
+    assert resumed.step == config.num_steps
+    assert resumed.record["state_sha256"] == whole.record["state_sha256"]
+    with pytest.raises(loop.TrainingError, match="another images_sha256"):
+        train.fit(config, IMAGES, tmp_path)
+
+
 def test_other_images_are_refused_in_the_same_workdir(trained):
     message = (
-        "trained with another images_sha256: [0-9a-f]{12}, now [0-9a-f]{12}. Restore the images"
+        "trained with another images_sha256: [0-9a-f]{12}, now [0-9a-f]{12}. Restore the images.*"
+        f"--config.resume={trained[0]} starts from these weights"
     )
     with pytest.raises(loop.TrainingError, match=message):
         train.fit(make_config(num_steps=9), IMAGES[::-1].copy(), trained[0])
