@@ -15,13 +15,13 @@ from configs import cpu, mvtec
 # Each row differs from the one before in what it is named after. Written out, so that the rows stay
 # what they are when a default changes.
 ROWS = {
-    # row: (defects, adversarial weight, reconstruction weight, its kind, coordinates, bank's size)
-    "baseline": ("plain", 0.0, 0.0, "masked_l1", False, 0),
-    "hard_augmentation": ("paper", 0.0, 0.0, "masked_l1", False, 0),
-    "adversarial_reconstruction": ("paper", 0.1, 1.0, "masked_l1", False, 0),
-    "coordinates": ("paper", 0.1, 1.0, "masked_l1", True, 0),
+    # row: (defects, adversarial weight, reconstruction weight, coordinates, memory bank's size)
+    "baseline": ("plain", 0.0, 0.0, False, 0),
+    "hard_augmentation": ("paper", 0.0, 0.0, False, 0),
+    "adversarial_reconstruction": ("paper", 0.1, 1.0, False, 0),
+    "coordinates": ("paper", 0.1, 1.0, True, 0),
     # What this project adds to the paper's parts: together they are configs/default.py.
-    "memory_and_more_defects": ("default", 0.1, 1.0, "restoration", True, 4000),
+    "memory_and_more_defects": ("default", 0.1, 1.0, True, 4000),
 }
 
 
@@ -45,14 +45,13 @@ def get_config(argument: str = "all") -> ConfigDict:
     # The same in all rows, and many times over.
     config.evaluate.baselines = False
     config.evaluate.pictures = 0
-    for row, (preset, adversarial, reconstruction, kind, coords, bank_size) in ROWS.items():
+    for row, (preset, adversarial, reconstruction, coords, bank_size) in ROWS.items():
         config.variants[row] = {
             "defects": {"preset": preset},
             "loss": {
                 "segmentation_weight": 1.0,
                 "adversarial_weight": adversarial,
                 "reconstruction_weight": reconstruction,
-                "reconstruction": kind,
             },
             "model": {"coords": coords},
             "memory_bank": {"size": bank_size},

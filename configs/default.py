@@ -113,8 +113,8 @@ def get_config() -> ConfigDict:
     # Without both (an ablation) the generator predicts the map from the image alone.
     config.loss = ConfigDict()
     config.loss.segmentation = "focal"  # or "l1", "bce"
-    # "restoration": the good image under the defect, too; "masked_l1": the paper's, outside of it.
-    config.loss.reconstruction = "restoration"
+    # "masked_l1": the paper's, outside of the defect; "restoration": the good image under it, too.
+    config.loss.reconstruction = "masked_l1"
     config.loss.adversarial = "bce"  # or "hinge"
     config.loss.segmentation_weight = 1.0
     config.loss.reconstruction_weight = 1.0
