@@ -21,7 +21,7 @@ CHOICES = {
     "defects.preset": ("default", "objects", "textures", "paper", "plain"),
     "loss.segmentation": ("l1", "bce", "focal"),
     "loss.reconstruction": ("restoration", "masked_l1"),
-    "loss.adversarial": ("bce", "hinge"),
+    "loss.adversarial": ("smoothed_bce", "bce", "hinge"),
     "model.dtype": ("float32", "bfloat16"),
     "evaluate.image_score": ("map", "detector"),
 }

@@ -68,7 +68,10 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str) -> T
     """Returns the discriminator's side of the adversarial loss."""
     if kind == "hinge":
         return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
-    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+    loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+    if kind == "smoothed_bce":  # targets of 0.9 and 0.1
+        loss = loss + 0.1 * (real_logits.mean() - fake_logits.mean())
+    return loss
 
 
 def limit_gradients(gradients: Pair) -> tuple[Pair, Tensor]:

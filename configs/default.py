@@ -115,7 +115,8 @@ def get_config() -> ConfigDict:
     config.loss.segmentation = "focal"  # or "l1", "bce"
     # "masked_l1": the paper's, outside of the defect; "restoration": the good image under it, too.
     config.loss.reconstruction = "masked_l1"
-    config.loss.adversarial = "bce"  # or "hinge"
+    # The discriminator's labels are smoothed, or it would grow without bound; or "bce", "hinge".
+    config.loss.adversarial = "smoothed_bce"
     config.loss.segmentation_weight = 1.0
     config.loss.reconstruction_weight = 1.0
     # With limit_adversarial, what each example's outputs learn from the discriminator is at most

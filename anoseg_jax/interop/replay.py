@@ -38,6 +38,11 @@ RECONSTRUCTION = {
     "and 0.03^2; the mean over windows, channels and images",
 }
 ADVERSARIAL = {
+    "smoothed_bce": (
+        "mean softplus(-fake_logits)",
+        "mean softplus(-real_logits) + mean softplus(fake_logits) + "
+        f"{losses.SMOOTHING:g} x (mean real_logits - mean fake_logits)",
+    ),
     "bce": (
         "mean softplus(-fake_logits)",
         "mean softplus(-real_logits) + mean softplus(fake_logits)",

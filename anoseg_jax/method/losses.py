@@ -86,6 +86,19 @@ def discriminator_bce(*, real_logits: Array, fake_logits: Array) -> Array:
     return jnp.mean(jax.nn.softplus(-real_logits)) + jnp.mean(jax.nn.softplus(fake_logits))
 
 
+SMOOTHING = 0.1  # how far the targets of `discriminator_smoothed_bce` are from 1 and 0
+
+
+def discriminator_smoothed_bce(*, real_logits: Array, fake_logits: Array) -> Array:
+    """The discriminator's loss with smoothed labels (Salimans et al., arXiv 1606.03498).
+
+    Its targets are 0.9 and 0.1, so that its logits settle at about 2 and -2, also where it can tell
+    every pair.
+    """
+    loss = discriminator_bce(real_logits=real_logits, fake_logits=fake_logits)
+    return loss + SMOOTHING * (jnp.mean(real_logits) - jnp.mean(fake_logits))
+
+
 def adversarial_hinge(*, fake_logits: Array) -> Array:
     """The generator's side of the hinge loss (Lim and Ye, arXiv 1705.02894)."""
     return -jnp.mean(fake_logits)
@@ -100,6 +113,7 @@ def discriminator_hinge(*, real_logits: Array, fake_logits: Array) -> Array:
 SEGMENTATION = {"l1": segmentation_l1, "bce": segmentation_bce, "focal": segmentation_focal}
 RECONSTRUCTION = {"masked_l1": masked_l1, "restoration": restoration}
 ADVERSARIAL = {
+    "smoothed_bce": (adversarial_bce, discriminator_smoothed_bce),
     "bce": (adversarial_bce, discriminator_bce),
     "hinge": (adversarial_hinge, discriminator_hinge),
 }

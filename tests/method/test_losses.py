@@ -123,6 +123,8 @@ def test_adversarial_losses_by_hand():
     real, fake = jnp.array([jnp.log(3.0)]), jnp.array([-jnp.log(3.0)])  # D says 3/4 and 1/4
     for name, generator, discriminator in (
         ("bce", -np.log(1 / 4), -2 * np.log(3 / 4)),
+        # The targets are 0.9 and 0.1.
+        ("smoothed_bce", -np.log(1 / 4), -2 * (0.9 * np.log(3 / 4) + 0.1 * np.log(1 / 4))),
         ("hinge", np.log(3), 0.0),
     ):
         of_generator, of_discriminator = losses.ADVERSARIAL[name]
