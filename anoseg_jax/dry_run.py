@@ -182,7 +182,9 @@ def analyze(step: Step, config: ConfigDict) -> dict[str, Any]:
     batch = batch_shapes(1, image_size=tuple(config.image_size))
     inputs = (step.state, batch, step.key, step.options)
     _, metrics = jax.eval_shape(step.step_of_one, *inputs)
-    losses = [metrics[name] for name in metrics if name.startswith("loss_")]
+    # The losses and what comes with them; the other gradient norms are of averaged gradients.
+    averaged = ("loss_", "gradient_norm_adversarial")
+    losses = [metrics[name] for name in metrics if name.startswith(averaged)]
     several = jax.local_device_count() > 1
     return sizes | {
         "memory": sum(sizes.values()) - memory.alias_size_in_bytes,

@@ -106,7 +106,7 @@ def twin_call(case: Case, config: ConfigDict) -> tuple[Callable[[], Any], Callab
     """
     import torch
     import torch_case
-    import torch_reference
+    import torch_prediction
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # As XLA does by default.
@@ -129,7 +129,7 @@ def twin_call(case: Case, config: ConfigDict) -> tuple[Callable[[], Any], Callab
                     module.compile()
         run = partial(training.step, examples)
     else:
-        predict_fn = torch_reference.predict
+        predict_fn = torch_prediction.predict
         if case.program == COMPILED:
             predict_fn = torch.compile(predict_fn)
         top = config.evaluate.top_fraction

@@ -26,8 +26,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import torch_case  # noqa: E402
-import torch_reference  # noqa: E402
+import torch_prediction  # noqa: E402
 import torch_replay  # noqa: E402
+import torch_training  # noqa: E402
 from torch_case import to_tensor  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -168,7 +169,7 @@ class Case:
 
         def twin() -> tuple[torch.Tensor, ...]:
             images = twin_images.float() / 255
-            return torch_reference.predict(self.training.generator, images, top_fraction=top)
+            return torch_prediction.predict(self.training.generator, images, top_fraction=top)
 
         flops = self.count_flops(apply, variables, self.uint8, loops=1.25)
         return lambda: ours(variables, self.uint8), twin, flops
@@ -203,7 +204,7 @@ class Case:
         """Returns the parts of a step: forward, and forward and backward to the weights."""
         generator, twin = self.state.generator, self.training.generator
         model, depth, width = self.config.model, self.config.model.depth, self.config.model.width
-        good, defective, masks, _ = self.examples.values()
+        good, defective, masks = (self.examples[name] for name in ("good", "defective", "masks"))
         x = models.add_coords(2 * good - 1)
         head_input = jnp.concatenate([x, 2 * defective - 1, 4 * jnp.abs(good - defective)], axis=-1)
         extra_features = jnp.zeros((*[n // 2 if i else n for i, n in enumerate(masks.shape)], 1))
@@ -251,7 +252,7 @@ class Case:
         twin_logits = to_tensor(logits).requires_grad_()
 
         def twin() -> tuple[torch.Tensor, ...]:
-            loss = torch_reference.segmentation_loss(twin_logits, twin_masks, "focal")
+            loss = torch_training.segmentation_loss(twin_logits, twin_masks, "focal")
             return torch.autograd.grad(loss, twin_logits)
 
         return {"segmentation loss, with gradient": (lambda: focal(logits), twin, 0.0)}

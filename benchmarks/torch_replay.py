@@ -6,7 +6,8 @@
 
 Both implementations start from the replay's weights and are given its batches; each continues from
 the weights that it computes itself. In float64 they must agree; in float32 rounding makes them
-drift apart. Writes REPORT.md, REPORT.json and the curve REPORT.png.
+drift apart. Writes REPORT.md, REPORT.json, the curves of the differences, REPORT.png, and those of
+the losses, REPORT_losses.png.
 """
 
 import argparse
@@ -22,7 +23,8 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import torch
-import torch_reference
+import torch_networks
+import torch_training
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -110,8 +112,9 @@ class Ours:
 
     def step(self, batch: Arrays) -> tuple[dict[str, Arrays], dict[str, float]]:
         """Returns outputs, gradients and the state after a step, by kind and name; and losses."""
-        images = {name: batch[name].transpose(0, 2, 3, 1) for name in ("good", "defective")}
-        examples = images | {name: batch[name] for name in ("masks", "image_ids")}
+        examples = {
+            name: x.transpose(0, 2, 3, 1) if x.ndim == 4 else x for name, x in batch.items()
+        }
         self.state, metrics, gradients, outputs, bank_distances = self.run(
             self.state, examples, self.options
         )
@@ -127,14 +130,14 @@ class Twin:
 
     def __init__(self, config: ConfigDict, initial: Arrays, dtype: str) -> None:
         """`initial` are the replay's weights."""
-        players = torch_reference.create(config)
+        players = torch_networks.create(config)
         self.dtype = getattr(torch, dtype)
         self.outputs: dict[str, torch.Tensor] = {}
         for name, player in zip(TrainState.PLAYERS, players, strict=True):
             weights = torch_weights.group(initial, name)
             player.load_state_dict({key: torch.from_numpy(x) for key, x in weights.items()})
             player.to(self.dtype)
-        self.training = torch_reference.Training(*players, config)
+        self.training = torch_training.Training(*players, config)
         generator, discriminator = players
         generator.register_forward_hook(self.keep_generator_outputs)
         discriminator.register_forward_hook(self.keep_discriminator_outputs)
@@ -146,8 +149,14 @@ class Twin:
             self.outputs["bank_distances"] = inputs[1]
 
     def keep_discriminator_outputs(self, module: Any, inputs: tuple, logits: torch.Tensor) -> None:
-        """Keeps what the discriminator puts out: first for generated pairs, then for real ones."""
-        self.outputs["real_logits" if "fake_logits" in self.outputs else "fake_logits"] = logits
+        """Keeps what the discriminator puts out: first for generated pairs, then for real ones.
+
+        Those of the gradient penalty come after them and are not kept.
+        """
+        for name in OUTPUTS[2:]:
+            if name not in self.outputs:
+                self.outputs[name] = logits
+                break
 
     def step(self, batch: Arrays) -> tuple[dict[str, Arrays], dict[str, float]]:
         """As `Ours.step`."""
@@ -241,6 +250,11 @@ def kinds_of(rows: list[dict[str, Any]]) -> list[str]:
     return [kind for kind in rows[0] if kind not in ("step", "losses")]
 
 
+def loss_names(rows: list[dict[str, Any]]) -> list[str]:
+    """Returns the names of the losses of each step, without the gradient norms."""
+    return [name for name in rows[0]["losses"] if name.startswith("loss")]
+
+
 def first_difference(rows: list[dict[str, Any]], tolerance: float) -> str:
     """Says at which step the difference of which kinds first exceeds the tolerance."""
     for row in rows:
@@ -255,7 +269,7 @@ def first_difference(rows: list[dict[str, Any]], tolerance: float) -> str:
 
 
 def to_markdown(comparisons: Mapping[str, list[dict[str, Any]]]) -> str:
-    """Returns the report: for each precision the first difference, and a table of some steps."""
+    """Returns the report: for each precision the first difference, and tables of some steps."""
     lines = []
     for dtype, rows in comparisons.items():
         steps = sorted({1, 2, 5, 10, 20, 50, 100, 200, 500, len(rows)} & set(range(len(rows) + 1)))
@@ -265,6 +279,11 @@ def to_markdown(comparisons: Mapping[str, list[dict[str, Any]]]) -> str:
         for kind in kinds_of(rows):
             cells = [f"{rows[step - 1][kind]['difference']:.0e}" for step in steps]
             lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+        lines += ["", "| loss, JAX / PyTorch, at step | " + " | ".join(map(str, steps)) + " |"]
+        lines.append("|---" * (len(steps) + 1) + "|")
+        for name in loss_names(rows):
+            pairs = [rows[step - 1]["losses"][name] for step in steps]
+            lines.append(f"| {name} | " + " | ".join(f"{a:.5f} / {b:.5f}" for a, b in pairs) + " |")
         lines.append("")
     return "\n".join(lines)
 
@@ -289,6 +308,29 @@ def draw_curves(comparisons: Mapping[str, list[dict[str, Any]]], path: Path) -> 
     plt.close(figure)
 
 
+def draw_losses(comparisons: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draws the losses of both: one row of panels for each precision, one panel for each loss."""
+    names = loss_names(next(iter(comparisons.values())))
+    size = (len(comparisons), len(names))
+    figure, panels = plt.subplots(
+        *size, figsize=(2.4 * size[1], 2.2 * size[0]), sharex=True, squeeze=False, layout="tight"
+    )
+    for (dtype, rows), line in zip(comparisons.items(), panels, strict=True):
+        steps = [row["step"] for row in rows]
+        for name, panel in zip(names, line, strict=True):
+            ours, twins = zip(*(row["losses"][name] for row in rows), strict=True)
+            panel.plot(steps, ours, label="JAX", color="tab:orange", linewidth=3, alpha=0.6)
+            panel.plot(steps, twins, "--", label="PyTorch", color="black", linewidth=1)
+            panel.set_title(f"{name.removeprefix('loss_')}, {dtype}", fontsize=9)
+            panel.tick_params(labelsize=7)
+            panel.grid(alpha=0.3)
+    for panel in panels[-1]:
+        panel.set_xlabel("step", fontsize=8)
+    panels[0][0].legend(fontsize=7)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
 def main() -> None:
     """Repeats the replay and writes the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -305,6 +347,7 @@ def main() -> None:
     files.write_text(arguments.out.with_suffix(".json"), text)
     files.write_text(arguments.out.with_suffix(".md"), to_markdown(comparisons))
     draw_curves(comparisons, arguments.out.with_suffix(".png"))
+    draw_losses(comparisons, arguments.out.with_name(f"{arguments.out.stem}_losses.png"))
     print(to_markdown(comparisons))
 
 

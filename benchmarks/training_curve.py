@@ -20,6 +20,7 @@ from anoseg_jax.images import batches
 from anoseg_jax.method import models, predict, train, train_state
 from anoseg_jax.running import loop, progress
 
+FETCHED_STEPS = 50  # whose metrics are fetched together: each transfer holds up the device
 # Evaluated after these shares of the steps, and before the first one.
 SHARES = (1 / 50, 1 / 20, 1 / 10, 1 / 5, 2 / 5, 3 / 5, 4 / 5, 1)
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "iou", "au_pro")
@@ -207,13 +208,17 @@ def train_along(
         if time.monotonic() > deadline and number < config.num_steps:
             ended = f"the minutes were over after step {number} of {config.num_steps}"
         pause = ended or number in evaluated
-        # Two queued steps keep the device busy; what is fetched is of a step that is done.
-        while len(pending) > (0 if pause else 2):
-            for name, value in jax.device_get(pending.pop(0)).items():
-                window[name].append(float(value[0]))
-        bad = [name for name, values in window.items() if not np.isfinite(values[-1])]
+        jax.block_until_ready(pending[-3:][0])  # two queued steps keep the device busy
+        bad = set()
+        if pause or len(pending) == FETCHED_STEPS:
+            for metrics_of_step in jax.device_get(pending):
+                for name, value in metrics_of_step.items():
+                    window[name].append(float(value[0]))
+                    bad |= set() if np.isfinite(value[0]) else {name}
+            pending = []
         if bad:
-            ended = f"not finite within 2 steps of step {number}: {', '.join(bad)}"
+            ended = f"not finite within {FETCHED_STEPS} steps of step {number}: "
+            ended += ", ".join(sorted(bad))
         if ended or pause:
             seconds += time.monotonic() - resumed
             row = {"step": number, "seconds": seconds} | test_metrics(config, state, test)

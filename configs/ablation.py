@@ -18,10 +18,10 @@ ROWS = {
     # row: (defects, adversarial weight, reconstruction weight, coordinates, memory bank's size)
     "baseline": ("plain", 0.0, 0.0, False, 0),
     "hard_augmentation": ("paper", 0.0, 0.0, False, 0),
-    "adversarial_reconstruction": ("paper", 0.1, 1.0, False, 0),
-    "coordinates": ("paper", 0.1, 1.0, True, 0),
+    "adversarial_reconstruction": ("paper", 0.01, 1.0, False, 0),
+    "coordinates": ("paper", 0.01, 1.0, True, 0),
     # What this project adds to the paper's parts: together they are configs/default.py.
-    "memory_and_more_defects": ("default", 0.1, 1.0, True, 4000),
+    "memory_and_more_defects": ("default", 0.01, 1.0, True, 4000),
 }
 
 

@@ -120,7 +120,7 @@ def get_config() -> ConfigDict:
     config.loss.reconstruction_weight = 1.0
     # With limit_adversarial, what each example's outputs learn from the discriminator is at most
     # this fraction of what a mean absolute error would teach them: it cannot run away.
-    config.loss.adversarial_weight = 0.1
+    config.loss.adversarial_weight = 0.01
     config.loss.limit_adversarial = True
     # Of the discriminator's slope: it keeps a discriminator that wins from growing without bound.
     # 0 switches it off.
@@ -136,7 +136,7 @@ def get_config() -> ConfigDict:
     config.detector.width = 32
     config.detector.latent = 32
     # Weights of its losses; the adversarial loss has the form that config.loss describes.
-    config.detector.adversarial_weight = 0.1
+    config.detector.adversarial_weight = 0.01
     config.detector.reconstruction_weight = 1.0
 
     # Synthetic defects (defects.py).

@@ -16,11 +16,37 @@ from ml_collections import ConfigDict
 
 from anoseg_jax.images import batches
 from anoseg_jax.interop import torch_weights
-from anoseg_jax.method import train, train_state
+from anoseg_jax.method import losses, train, train_state
 from anoseg_jax.method.train_state import StaticOptions, TrainState
 from anoseg_jax.running import files, versions
 
-FORMAT = "anoseg_jax replay 2"
+FORMAT = "anoseg_jax replay 3"
+
+# What each kind of loss is, for `in_words`.
+SEGMENTATION = {
+    "l1": "mean absolute difference of sigmoid(logits) and masks",
+    "bce": "mean binary cross-entropy of logits and masks",
+    "focal": "4 x the mean focal loss of logits and masks, gamma 2, alpha 0.75 where the mask is 1 "
+    "and 0.25 elsewhere",
+}
+RECONSTRUCTION = {
+    "masked_l1": "for each image, mean absolute error of reconstruction and good image over the "
+    "pixels where the mask is 0; then the mean over the images",
+    "restoration": "mean absolute error of reconstructions and good images over all pixels, plus 1 "
+    f"- their mean SSIM: {losses.SSIM_WINDOW}x{losses.SSIM_WINDOW} windows of equal weights, all "
+    "inside the image; variances and covariances divided by the window's pixels; constants 0.01^2 "
+    "and 0.03^2; the mean over windows, channels and images",
+}
+ADVERSARIAL = {
+    "bce": (
+        "mean softplus(-fake_logits)",
+        "mean softplus(-real_logits) + mean softplus(fake_logits)",
+    ),
+    "hinge": (
+        "-(mean fake_logits)",
+        "mean relu(1 - real_logits) + mean relu(1 + fake_logits)",
+    ),
+}
 
 
 def network_outputs(
@@ -99,19 +125,56 @@ def to_nchw(images: Array) -> np.ndarray:
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2) if images.ndim == 4 else images)
 
 
+def losses_in_words(loss: ConfigDict) -> dict[str, str]:
+    """Returns sentences about the losses of both players and each of their terms, by name."""
+    total = f"the generator's: {loss.segmentation_weight:g} x loss_segmentation"
+    words = {"loss": total, "loss_segmentation": SEGMENTATION[loss.segmentation]}
+    if loss.reconstruction_weight:
+        words["loss"] += f" + {loss.reconstruction_weight:g} x loss_reconstruction"
+        words["loss_reconstruction"] = RECONSTRUCTION[loss.reconstruction]
+    if not loss.adversarial_weight:
+        return words
+    words["loss"] += f" + {loss.adversarial_weight:g} x loss_adversarial"
+    words["loss"] += "; the discriminator's: loss_discriminator"
+    words["pairs"] = (
+        "generated: reconstructions, and sigmoid(logits) x (1 - masks), with fake_logits; real: "
+        "good images, and maps of zeros, with real_logits"
+    )
+    words["loss_adversarial"], words["loss_discriminator"] = ADVERSARIAL[loss.adversarial]
+    words["gradient_norm_adversarial"] = (
+        "take the gradient of loss_adversarial (weight 1) by the reconstructions and by the maps "
+        "of the generated pairs, with the discriminator's weights fixed; the limit is 1 / (b x "
+        "sqrt(n)) for b images and n numbers of one of them; the norm of each image's gradient by "
+        "each of the two, divided by its limit; the mean over images and both"
+    )
+    if loss.limit_adversarial:
+        words["adversarial_gradients"] = (
+            "the generator learns from loss_adversarial through these two gradients only, after "
+            "those of a norm above the limit are scaled down to it, each image and each of the two "
+            "by itself; the value of loss_adversarial is the unlimited one"
+        )
+    if loss.gradient_penalty:
+        words["loss"] += f" + {loss.gradient_penalty:g} x loss_penalty"
+        step = losses.PENALTY_STEP
+        words["loss_penalty"] = (
+            f"mean over all logits of ((logits of the pair + {step:g} x noise) - (logits of the "
+            f"pair))^2 / {step:g}^2, of the generated pairs plus that of the real pairs; channels "
+            "0 to 2 of noise move the image, channel 3 the map; no gradient goes to the generator"
+        )
+    return words
+
+
 def in_words(config: ConfigDict) -> dict[str, str]:
     """Returns sentences that say what a step computes, for an implementation in another library."""
-    loss, bank, warmup = config.loss, config.memory_bank, config.warmup_steps
+    bank, warmup = config.memory_bank, config.warmup_steps
     decay = max(config.num_steps, warmup + 1)
     rate = f"{config.learning_rate:g}"
     words = {
         "batch": f"{config.batch_size} images of {config.image_size[0]}x{config.image_size[1]}",
-        "loss": f"{loss.segmentation_weight:g} x segmentation ({loss.segmentation}) + "
-        f"{loss.reconstruction_weight:g} x reconstruction + "
-        f"{loss.adversarial_weight:g} x adversarial ({loss.adversarial}); the discriminator's loss "
-        "is the other side of the adversarial loss; a term of weight 0 is not computed",
+        **losses_in_words(config.loss),
         "gradients": "of each player's own loss by its own weights, both from one forward pass; "
-        f"scaled down to a global norm of {config.clip_norm:g} if it is larger",
+        "those of the reconstructor, of the anomaly head and of the discriminator are scaled down, "
+        f"each by itself, to a global norm of {config.clip_norm:g} if it is larger",
         "learning_rate": f"from {rate} / {warmup + 1} at the first step linearly to {rate} after "
         f"{warmup} steps, then half a cosine, 0 after {decay}; step n (from 1) has that of n - 1",
         "generator": "AdamW, beta1 0.9, beta2 0.999, epsilon 1e-8 (added to the corrected root), "

@@ -110,7 +110,7 @@ def test_the_number_of_devices_changes_nothing_but_rounding(before, devices, fou
     for name, expected in four_devices[1].items():
         np.testing.assert_allclose(metrics[name][0], expected[0], rtol=1e-5, err_msg=name)
         # Rounding puts single pixels of a defect on the other side of min_change.
-        np.testing.assert_allclose(metrics[name], expected, rtol=1e-2, err_msg=name)
+        np.testing.assert_allclose(metrics[name], expected, rtol=2e-2, err_msg=name)
 
 
 def test_after_a_step_all_replicas_of_all_leaves_are_equal_to_the_byte(four_devices):

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from replays import IMAGES, export, make_config
+from replays import IMAGES, export, make_config, make_paper_config
 
 from anoseg_jax.evaluation import evaluate
 from anoseg_jax.interop import torch_weights
@@ -16,8 +16,10 @@ from anoseg_jax.method import detector, losses, predict
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import torch_reference  # noqa: E402
+import torch_networks  # noqa: E402
+import torch_prediction  # noqa: E402
 import torch_replay  # noqa: E402
+import torch_training  # noqa: E402
 
 torch.set_num_threads(1)  # threads that wait for each other take longer than these networks
 STEPS = 20
@@ -25,20 +27,27 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return export(tmp_path_factory.mktemp("replay"), STEPS)
+    return export(tmp_path_factory.mktemp("replay"), make_config(STEPS))
 
 
 def largest(row, *kinds):
     return max(row[kind]["difference"] for kind in kinds)
 
 
-def test_in_float64_outputs_gradients_and_20_steps_agree(folder):
+def check_in_float64(folder):
+    """Returns the rows of the comparison; all must agree."""
     rows = torch_replay.compare(folder, "float64")
     assert len(rows) == STEPS
     assert largest(rows[0], "outputs") < 1e-12
     assert largest(rows[0], "gradients") < 1e-10
     for row in rows:
         assert largest(row, *torch_replay.kinds_of(rows)) < 1e-8
+    return rows
+
+
+def test_in_float64_outputs_gradients_and_20_steps_agree(folder):
+    rows = check_in_float64(folder)
+    assert {"loss_penalty", "gradient_norm_adversarial", "gradient_norm_anomaly_head"} <= {*rows[0]}
     # The report says so, and where the first difference is if the twin's step were another one.
     assert torch_replay.first_difference(rows, 1e-8) == "within 1e-08 in all of 20 steps"
     rows[1]["weights"] = {"difference": 0.5, "of": "generator.map_head.convs.0.bias"}
@@ -46,10 +55,15 @@ def test_in_float64_outputs_gradients_and_20_steps_agree(folder):
     assert "from step 2 on: weights by 5.0e-01 (generator.map_head.convs.0.bias)" in report
 
 
+def test_in_float64_the_losses_of_the_paper_agree_too(tmp_path):
+    rows = check_in_float64(export(tmp_path, make_paper_config(STEPS)))
+    assert "loss_penalty" not in rows[0]
+
+
 def test_distances_of_the_bank_agree_and_leave_the_image_out(folder):
     config = make_config(STEPS)
     arrays, _ = torch_weights.load(folder / "initial.safetensors")
-    generator, _ = torch_reference.create(config)
+    generator, _ = torch_networks.create(config)
     generator.load_state_dict(
         {name: tensor(x) for name, x in torch_weights.group(arrays, "generator").items()}
     )
@@ -71,9 +85,9 @@ def test_distances_of_the_bank_agree_and_leave_the_image_out(folder):
 
 
 def test_a_replay_of_another_format_is_refused(folder, tmp_path):
-    written = json.loads((folder / "replay.json").read_text()) | {"format": "anoseg_jax replay 1"}
+    written = json.loads((folder / "replay.json").read_text()) | {"format": "anoseg_jax replay 2"}
     (tmp_path / "replay.json").write_text(json.dumps(written))
-    with pytest.raises(ValueError, match="format 'anoseg_jax replay 1', must be"):
+    with pytest.raises(ValueError, match="format 'anoseg_jax replay 2', must be"):
         torch_replay.compare(tmp_path, "float32")
 
 
@@ -87,13 +101,17 @@ def test_in_float32_a_step_agrees_and_our_losses_are_those_that_were_exported(fo
 
 
 def test_report_and_curve_are_written(folder, tmp_path, monkeypatch, capsys):
-    row = {"step": 1, "outputs": {"difference": 1e-9, "of": "logits"}, "losses": {}}
+    row = {"step": 1, "outputs": {"difference": 1e-9, "of": "logits"}}
+    row["losses"] = {"loss_adversarial": (0.5, 0.75), "gradient_norm_anomaly_head": (1.0, 1.0)}
     monkeypatch.setattr(torch_replay, "compare", lambda *_: [row])
     monkeypatch.setattr(sys, "argv", ["", str(folder), "--out", str(tmp_path / "out" / "report")])
     torch_replay.main()
-    assert "| outputs | 1e-09 |" in capsys.readouterr().out
-    for suffix in (".md", ".json", ".png"):
-        assert (tmp_path / "out" / "report").with_suffix(suffix).stat().st_size > 50
+    printed = capsys.readouterr().out
+    assert (
+        "| outputs | 1e-09 |" in printed and "| loss_adversarial | 0.50000 / 0.75000 |" in printed
+    )
+    for name in ("report.md", "report.json", "report.png", "report_losses.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 50
 
 
 def tensor(array):
@@ -115,17 +133,72 @@ def test_each_segmentation_loss_agrees(kind):
     logits, masks = 4 * rng.normal(size=(2, 5, 6)), rng.uniform(size=(2, 5, 6))
     logits, masks = logits.astype(np.float32), masks.astype(np.float32)
     expected = losses.SEGMENTATION[kind](logits=logits, masks=masks)
-    actual = torch_reference.segmentation_loss(tensor(logits), tensor(masks), kind)
+    actual = torch_training.segmentation_loss(tensor(logits), tensor(masks), kind)
     assert float(actual) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", losses.RECONSTRUCTION)
+def test_each_reconstruction_loss_and_its_gradient_agree(kind):
+    rng = np.random.default_rng(1)
+    images, noise = rng.uniform(size=(2, 3, 16, 20, 3))
+    reconstructions, masks = images + 0.2 * (noise - 0.5), rng.uniform(size=(3, 16, 20)) < 0.3
+    with jax.enable_x64(True):
+        expected, expected_gradient = jax.value_and_grad(
+            lambda x: losses.RECONSTRUCTION[kind](
+                reconstructions=x, images=images, masks=masks.astype(float)
+            )
+        )(reconstructions)
+    nchw = [tensor(x.transpose(0, 3, 1, 2)) for x in (reconstructions, images)]
+    nchw[0].requires_grad_()
+    actual = torch_training.reconstruction_loss(*nchw, tensor(masks).double(), kind)
+    assert actual.item() == pytest.approx(float(expected), rel=1e-12)
+    (gradient,) = torch.autograd.grad(actual, nchw[0])
+    gradient = gradient.numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-9, atol=1e-15)
+
+
+def test_limited_gradients_agree_below_and_above_the_limit():
+    rng = np.random.default_rng(1)
+    images, maps = rng.normal(size=(3, 8, 10, 3)), rng.normal(size=(3, 8, 10))
+    scale = np.array([1e-4, 1e-2, 10.0])  # of each example: below, about and above the limit
+    gradients = images * scale[:, None, None, None], maps * scale[:, None, None]
+    with jax.enable_x64(True):
+        expected, expected_norm = losses.limit_gradients(gradients)
+    assert np.array_equal(expected[0][0], gradients[0][0])
+    assert not np.allclose(expected[0][2], gradients[0][2])
+    tensors = tensor(gradients[0].transpose(0, 3, 1, 2)), tensor(gradients[1])
+    actual, norm = torch_training.limit_gradients(tensors)
+    np.testing.assert_allclose(actual[0].permute(0, 2, 3, 1), expected[0], rtol=1e-12)
+    np.testing.assert_allclose(actual[1], expected[1], rtol=1e-12)
+    assert norm.item() == pytest.approx(float(expected_norm), rel=1e-12)
+
+
+def test_the_gradient_penalty_agrees():
+    rng = np.random.default_rng(1)
+    images, maps = rng.uniform(size=(3, 8, 10, 3)), rng.uniform(size=(3, 8, 10))
+    noise, weights = rng.normal(size=(3, 8, 10, 4)), rng.normal(size=(4,))
+
+    def judge(images, maps):  # all channels count differently
+        return (weights[0] * images[..., 0] + images[..., 1] * images[..., 2]) * weights[3] * maps
+
+    def twin_judge(images, maps):
+        return judge(images.permute(0, 2, 3, 1), maps)
+
+    with jax.enable_x64(True):
+        expected = losses.gradient_penalty(judge, (images, maps), judge(images, maps), noise)
+    images, noise = (tensor(x.transpose(0, 3, 1, 2)) for x in (images, noise))
+    pair = (images, tensor(maps))
+    actual = torch_training.gradient_penalty(twin_judge, pair, twin_judge(*pair), noise)
+    assert actual.item() == pytest.approx(float(expected), rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", losses.ADVERSARIAL)
 def test_each_adversarial_loss_agrees(kind):
     real, fake = np.random.default_rng(1).normal(size=(2, 3, 4, 4)).astype(np.float32)
     ours, opposite = losses.ADVERSARIAL[kind]
-    actual = torch_reference.adversarial_loss(tensor(fake), kind)
+    actual = torch_training.adversarial_loss(tensor(fake), kind)
     assert float(actual) == pytest.approx(float(ours(fake_logits=fake)), rel=1e-5)
-    actual = torch_reference.discriminator_loss(tensor(real), tensor(fake), kind)
+    actual = torch_training.discriminator_loss(tensor(real), tensor(fake), kind)
     expected = opposite(real_logits=real, fake_logits=fake)
     assert float(actual) == pytest.approx(float(expected), rel=1e-5)
 
@@ -134,7 +207,7 @@ def test_without_adversarial_loss_the_discriminator_stays():
     config = make_config(STEPS)
     config.loss.adversarial_weight = 0.0
     config.memory_bank.size = 0
-    training = torch_reference.Training(*torch_reference.create(config), config)
+    training = torch_training.Training(*torch_networks.create(config), config)
     before, twice = ([p.clone() for p in training.discriminator.parameters()] for _ in "12")
     moved = [p.clone() for p in training.generator.parameters()]
     images = torch.rand(2, 3, 32, 48)
@@ -151,7 +224,7 @@ def test_the_twins_maps_and_scores_have_the_same_metrics(folder):
     config = make_config(STEPS)
     arrays, _ = torch_weights.load(folder / "final.safetensors")
     arrays = torch_weights.group(arrays, "weights")
-    twin, _ = torch_reference.create(config)
+    twin, _ = torch_networks.create(config)
     twin.load_state_dict(
         {name: tensor(x) for name, x in torch_weights.group(arrays, "generator").items()}
     )
@@ -161,7 +234,7 @@ def test_the_twins_maps_and_scores_have_the_same_metrics(folder):
         lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype),
         {"detector": template.detector, "discriminator": template.discriminator},
     )
-    twin_detector, twin_discriminator = torch_reference.create_detector(config)
+    twin_detector, twin_discriminator = torch_networks.create_detector(config)
     for name, network in (("detector", twin_detector), ("discriminator", twin_discriminator)):
         weights = torch_weights.to_torch(params[name])
         network.load_state_dict({key: tensor(x) for key, x in weights.items()})
@@ -193,9 +266,9 @@ def test_the_twins_maps_and_scores_have_the_same_metrics(folder):
 
     def of_twin(images):
         images = tensor(images.transpose(0, 3, 1, 2)) / 255
-        maps, scores, _ = torch_reference.predict(twin, images.double(), top_fraction=0.01)
+        maps, scores, _ = torch_prediction.predict(twin, images.double(), top_fraction=0.01)
         maps, scores = maps.float(), scores.float()
-        detected = torch_reference.detect(twin_detector, twin_discriminator, images, maps)
+        detected = torch_prediction.detect(twin_detector, twin_discriminator, images, maps)
         return maps.numpy(), {"map": scores.numpy(), "detector": detected.numpy()}
 
     batch = {
