@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 TORCH_VENV := .venv-torch
 TORCH_BIN := $(TORCH_VENV)/bin
 
-.PHONY: install demo test install-torch test-torch lint bench clean
+.PHONY: install demo test install-torch test-torch lint docs bench clean
 install: $(VENV)/.installed
 
 # pip is silent for minutes: a line every ten seconds.
@@ -55,6 +55,15 @@ test-torch: install-torch $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The site of docs/, in build/site.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@echo "installing what the site needs"
+	@$(PROGRESS) PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	@touch $@
 
 bench: install
 	$(BIN)/python benchmarks/augmentation.py
