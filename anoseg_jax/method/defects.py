@@ -146,21 +146,20 @@ def foreign_texture(
     *,
     other: Array,
     allowed_region: Array,
-    depth: Range,
-    softness: Float,
     opacity: Range,
     brightness: Float,
     min_change: Float,
+    **outline: Any,
 ) -> tuple[Array, Array]:
     """Blends in smooth random shapes of another image: rotated, shifted, colour-jittered.
 
-    `depth` and `softness` are those of `blob`. `brightness` is the largest relative change of
+    `outline` are the options of `blob`. `brightness` is the largest relative change of
     brightness and contrast.
     """
     shape, turn, shift, color, alpha = draw(key, image, (BLOB_NUMBERS,), (), (2,), (4,), ())
     piece = roll(shift, rotate(turn, other))
     piece = jitter_color(color, piece, (brightness, brightness, 0.5, 60.0))
-    shapes = blob(shape, allowed_region, depth=depth, softness=softness)
+    shapes = blob(shape, allowed_region, **outline)
     alpha = between(alpha, opacity) * shapes
     return visible(image, image + alpha[..., None] * (piece - image), min_change)
 
@@ -198,19 +197,18 @@ def local_change(
     allowed_region: Array,
     radius: int,
     amount: Range,
-    depth: Range,
-    softness: Float,
     min_change: Float,
+    **outline: Any,
 ) -> tuple[Array, Array]:
     """Blurs the image, adds noise to it, or makes it lighter or darker, in smooth random shapes.
 
-    `depth` and `softness` are those of `blob`, `radius` is that of `box_blur`. `amount` is that of
+    `outline` are the options of `blob`, `radius` is that of `box_blur`. `amount` is that of
     `tint` and the least amplitude of the noise.
     """
     shape, change, size, color, noise = draw(
         key, image, (BLOB_NUMBERS,), (), (), (5,), (*image.shape[:2], 1)
     )
-    shapes = blob(shape, allowed_region, depth=depth, softness=softness)
+    shapes = blob(shape, allowed_region, **outline)
     contrast = contrast_within(image, shapes)
     noise = 2 * noise - 1
     noise += jnp.sign(noise)  # changes every pixel
@@ -230,23 +228,22 @@ def random_texture(
     *,
     other: Array,
     allowed_region: Array,
-    depth: Range,
-    softness: Float,
     amount: Range,
     opacity: Range,
     min_change: Float,
+    **outline: Any,
 ) -> tuple[Array, Array]:
     """Paints a texture of random spectrum and colours in smooth random shapes.
 
     It covers the surface, in its colour there or in a random colour, or is added to it. No outside
     images are needed (DRAEM, Zavrtanik et al., arXiv 2108.07610, takes photographs of textures).
-    `depth` and `softness` are those of `blob`; `amount` is the texture's contrast, relative to the
+    `outline` are the options of `blob`; `amount` is the texture's contrast, relative to the
     image's within the shapes.
     """
     shape, spectrum, color, choice, noise = draw(
         key, image, (BLOB_NUMBERS,), (6,), (7,), (4,), image.shape[:2]
     )
-    shapes = blob(shape, allowed_region, depth=depth, softness=softness)
+    shapes = blob(shape, allowed_region, **outline)
     grey = is_grey(image)
     direction = jnp.where(grey | (choice[0] < 0.5), 1.0, 2 * color[:3] - 1)
     size = contrast_within(image, shapes) * log_uniform(color[6], amount)
@@ -265,16 +262,15 @@ def foreign_structure(
     *,
     other: Array,
     allowed_region: Array,
-    depth: Range,
-    softness: Float,
     gain: Range,
     min_change: Float,
+    **outline: Any,
 ) -> tuple[Array, Array]:
     """Replaces the fine structure in smooth random shapes by that of another place or image.
 
     Brightness and colour stay, so that no edge gives the piece away (the aim of the Poisson
     blending of NSA, Schluter et al., arXiv 2109.15222). `gain` is the factor of the structure's
-    contrast; `depth` and `softness` are those of `blob`.
+    contrast; `outline` are the options of `blob`.
     """
     shape, turn, shift, choice = draw(key, image, (BLOB_NUMBERS,), (), (2,), (3,))
     source = jnp.where(choice[0] < 0.5, other, image)
@@ -284,7 +280,7 @@ def foreign_structure(
     smooth = lambda x: box_blur(box_blur(x, radius=radius), radius=radius)  # noqa: E731
     structure = log_uniform(choice[2], gain) * (source - smooth(source))
     piece = jnp.clip(smooth(image) + structure, 0, 1)
-    shapes = blob(shape, allowed_region, depth=depth, softness=softness)
+    shapes = blob(shape, allowed_region, **outline)
     return visible(image, image + shapes[..., None] * (piece - image), min_change)
 
 
@@ -294,19 +290,18 @@ def displacement(
     *,
     other: Array,
     allowed_region: Array,
-    depth: Range,
-    softness: Float,
     distance: Range,
     min_change: Float,
+    **outline: Any,
 ) -> tuple[Array, Array]:
     """Pushes the image aside in smooth random shapes: bent, dented and shifted pieces.
 
-    `distance` is the largest shift, as a fraction of the image's height (log-uniform); `depth` and
-    `softness` are those of `blob`.
+    `distance` is the largest shift, as a fraction of the image's height (log-uniform); `outline`
+    are the options of `blob`.
     """
     shape, move = draw(key, image, (BLOB_NUMBERS,), (2,))
     h, w, _ = image.shape
-    shapes = blob(shape, allowed_region, depth=depth, softness=softness)
+    shapes = blob(shape, allowed_region, **outline)
     shift = shapes * h * log_uniform(move[0], distance)
     angle = 2 * jnp.pi * move[1]
     rows = jnp.arange(h)[:, None] + jnp.sin(angle) * shift

@@ -121,7 +121,7 @@ def make_examples(
     )
     examples = {"images": images, "maps": jax.lax.stop_gradient(nn.sigmoid(logits))}
     if static.adversarial and static.adversarial.penalized:
-        examples["noise"] = train.penalty_noise(noise_keys, images)
+        examples["noise"] = losses.penalty_noise(noise_keys, images)
     return examples
 
 

@@ -121,6 +121,12 @@ ADVERSARIAL = {
 PENALTY_STEP = 0.05  # standard deviation of the noise of `gradient_penalty`
 
 
+def penalty_noise(keys: Array, images: Array) -> Array:
+    """Returns the normal noise [b, h, w, 4] of `gradient_penalty` for images and their maps."""
+    shape = (*images.shape[1:3], 4)
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
 def gradient_penalty(
     discriminator_fn: Callable[..., Array],
     pair: tuple[Array, Array],

@@ -96,14 +96,8 @@ def make_examples(
     image_ids = batch["image_id"]
     examples = {"good": good, "defective": defective, "masks": masks, "image_ids": image_ids}
     if static.adversarial and static.adversarial.penalized:
-        examples["noise"] = penalty_noise(keys[:, 2], good)
+        examples["noise"] = losses.penalty_noise(keys[:, 2], good)
     return examples
-
-
-def penalty_noise(keys: Array, images: Array) -> Array:
-    """Returns the noise [b, h, w, 4] of losses.gradient_penalty for images and their maps."""
-    shape = (*images.shape[1:3], 4)
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 # One program for the memory bank, the panels and replay; the training step contains its own copy.
