@@ -111,7 +111,9 @@ def category_row(workdir: Path, name: str, results: Mapping[str, Any]) -> dict[s
     counts = Counter(card.verdict for card in cards)
     groups = highlights(cards)
     wrong = [*groups.pop("missed", [])[:2], *groups.pop("false_alarm", [])[:1]]
-    shown = [card for group in groups.values() for card in group][: HIGHLIGHTS - len(wrong)]
+    shown = [card for group in groups.values() for card in group][: HIGHLIGHTS - len(wrong)] + wrong
+    if only_good.is_only_good(results):
+        shown = cards[:HIGHLIGHTS]
     baselines = results.get("baselines", {}).values()
     return {
         "name": name,
@@ -120,7 +122,7 @@ def category_row(workdir: Path, name: str, results: Mapping[str, Any]) -> dict[s
         "only_good": only_good.is_only_good(results),
         "tally": tally(counts),
         "counts": counts,
-        "strip": draw_strip(shown + wrong, arrays),
+        "strip": draw_strip(shown, arrays),
         "no_strip": missing,
         "best_baseline": {
             metric: max((b[metric] for b in baselines if b[metric] is not None), default=None)
