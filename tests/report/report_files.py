@@ -18,7 +18,7 @@ IMAGES = (
     ("good/2 & ü.png", "good", 0, 0.2, 0.0),
     ("dent/0.png", "dent", 1, 0.2, 0.1),
     ("dent/1.png", "dent", 1, 0.8, 0.9),
-    ("dent/2.png", "dent", 1, 0.7, 0.3),
+    ("dent/" + 60 * "2" + ".png", "dent", 1, 0.7, 0.3),
     ("crack/<i>0.png", CRACK, 1, 0.45, 0.9),
     ("crack/1.png", CRACK, 1, 0.6, 0.4),
 )
