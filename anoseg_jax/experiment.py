@@ -235,9 +235,9 @@ def run(
 ) -> list[str]:
     """Runs all units of the config, or those of `config.shard`, while `workdir` is locked.
 
-    Result files are written after every category, the mean over seeds and the table of variants as
-    soon as they can be: nothing that is finished is lost. A command that has only a share of the
-    units writes the categories' own folders, nothing above them.
+    Result files and pages are written after every category, the mean over seeds and the table of
+    variants as soon as they can be: nothing that is finished is lost. A command that has only a
+    share of the units writes the categories' own folders, nothing above them.
 
     Returns one line for each failure. Raises UsageError if options cannot work or another run is
     using `workdir`, and distributed.Stopped if a signal asks for it.
@@ -260,7 +260,9 @@ def run(
             for seed in plan["seeds"] or [None]:
                 folder = shards.folder_of(workdir, variant, seed)
                 unit_config, written = with_seed(variant_config, seed), False
-                for name in (unit[2] for unit in units if unit[:2] == (variant, seed)):
+                names = [unit[2] for unit in units if unit[:2] == (variant, seed)]
+                waiting = dict.fromkeys(names, "not done yet")
+                for name in names:
                     label = "/".join((*folder.parts[len(workdir.parts) :], name))
                     print(f"== {label}", flush=True)
                     distributed.stop_if_asked(f"before {label}")
@@ -274,12 +276,16 @@ def run(
                             store_maps=config.evaluate.store_all_maps
                             or (not variant and seed in (None, *plan["seeds"][:1])),
                         )
+                        waiting.pop(name)
+                    if name in waiting:
+                        waiting[name] = f"failed: {failures[-1].removeprefix(f'{label}: ')}"
                     if writing and whole:  # also of a category whose pictures have failed
                         with collect_failure(failures, label, folder / name):
                             written |= bool(results.assemble(folder, [name]))
+                    if written:
+                        with collect_failure(failures, "report.html", folder):
+                            pages.write_run(folder, categories=[name], waiting=waiting)
                 if written:
-                    with collect_failure(failures, "report.html", folder):
-                        pages.write_run(folder)
                     print(f"results: {folder}/results.md; pictures and curves: report.html there")
             if writing and whole and plan["seeds"] and shards.write_mean(workdir, plan, variant):
                 print(

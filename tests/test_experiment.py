@@ -120,6 +120,22 @@ def test_variants_are_run_in_order_and_again_in_the_same_way(run, tmp_path, monk
     assert tuple(config for _, config, _ in calls[12:]) == configs
 
 
+def test_the_page_of_a_run_is_written_after_each_category(run, tmp_path, monkeypatch):
+    page, texts = tmp_path / "report.html", []
+
+    def evaluate_and_read(config, folder, splits, *, training):
+        texts.append(page.read_text() if page.exists() else "")
+        return evaluation_of(config, folder, splits, training=training)
+
+    monkeypatch.setattr(experiment, "run_category", evaluate_and_read)
+    (tmp_path / "tile").mkdir()
+    (tmp_path / "tile" / "broken").touch()
+    assert run(tmp_path, seeds=()) == ["tile: broken"]
+    assert [text.count("not done yet") for text in texts] == [0, 2, 1]
+    assert [text.count("failed: broken") for text in [*texts, page.read_text()]] == [0, 0, 1, 1]
+    assert "not done yet" not in page.read_text()
+
+
 def test_what_is_missing_and_what_differs_is_named(run, tmp_path):
     run(tmp_path, "0/2")
     broken = tmp_path / "without" / "seed_1" / "tile" / "broken"

@@ -385,7 +385,7 @@ def test_a_run_on_good_parts_alone_ends_in_thresholds_pictures_and_the_next_comm
     assert bolt["test_images"] == 0 and bolt["held_out_images"] == 2 and bolt["image_auroc"] is None
     assert "image_auroc -" not in done.stdout
     for kind in ("image", "pixel"):
-        assert f"{kind} threshold {bolt['thresholds'][kind]['threshold']:.4g}" in done.stdout
+        assert f"from {bolt['thresholds'][kind]['threshold']:.4g} on: " in done.stdout
     rows = list(csv.DictReader(open(workdir / "bolt" / "images.csv")))
     assert len(rows) == 2 and all(row["name"].startswith("train/good/") for row in rows)
     assert len(list((workdir / "bolt" / "pictures").glob("good_*.png"))) == 2

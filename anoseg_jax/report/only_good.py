@@ -4,6 +4,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from anoseg_jax.report.verdicts import threshold_lines
+
 
 def is_only_good(results: Mapping[str, Any]) -> bool:
     """Returns whether a category's results show held-out good photographs, not test images."""
@@ -23,20 +25,6 @@ def predict_command(command: str | None, category: str) -> str:
     folder = f"{workdir}/{category}"
     options = ["--mode=predict", f"--workdir={folder}", f"--out={folder}/predictions"]
     return f"{shlex.join([*program, *options])} PHOTOGRAPHS"
-
-
-def threshold_lines(results: Mapping[str, Any]) -> list[str]:
-    """Returns a sentence for each threshold: its value and where it comes from."""
-    lines = []
-    for kind in ("image", "pixel"):
-        threshold = results.get("thresholds", {}).get(kind, {"threshold": None})
-        if threshold["threshold"] is not None:
-            what = {"image": "a photograph counts as defective", "pixel": "a pixel is marked"}[kind]
-            lines.append(
-                f"{kind} threshold {threshold['threshold']:.4g} ({threshold['how']}): {what} from "
-                "this score on"
-            )
-    return lines
 
 
 def summary(category: str, results: Mapping[str, Any], command: str) -> str:

@@ -7,7 +7,7 @@ image. Equal files make equal pages, byte for byte.
 import json
 import urllib.parse
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils.epath import Path
@@ -16,16 +16,24 @@ from anoseg_jax.evaluation.metrics import METRICS
 from anoseg_jax.evaluation.results import (
     ResultsError,
     parse_json,
-    parse_rows,
     read_images,
     read_optional,
     read_results,
 )
 from anoseg_jax.images.drawing import FOUND, colour_scale
 from anoseg_jax.report import only_good, templates
-from anoseg_jax.report.panels import TRUTH, draw_gallery
+from anoseg_jax.report.panels import TRUTH, draw_gallery, draw_strip
 from anoseg_jax.report.plots import draw_curves, draw_training, types_of
-from anoseg_jax.report.verdicts import VERDICTS, make_cards, shown_threshold
+from anoseg_jax.report.verdicts import (
+    HIGHLIGHTS,
+    VERDICTS,
+    highlights,
+    make_cards,
+    shown_threshold,
+    success_first,
+    tally,
+    threshold_lines,
+)
 from anoseg_jax.running.files import write_text
 
 MAX_CARDS = 600  # of a gallery: the worst images
@@ -61,20 +69,20 @@ def category_page(
 
     image = shown_threshold(of_category, "image")
     cards = make_cards(rows or [], image)
-    shown = cards[:max_cards] if arrays is not None else []
+    groups = highlights(cards) if arrays is not None else {}
+    shown = success_first(cards)[:max_cards] if arrays is not None else []
     gallery = draw_gallery(shown, arrays, max_bytes) if shown else []
-    types = types_of(cards)
     counts = Counter(card.verdict for card in cards)
     # Without a threshold there are no verdicts: zeros would look like results.
     names = [name for name in VERDICTS if counts[name] or (image is not None and name != "none")]
-    totals = Counter("defective" if card.label else "good" for card in cards)
     return render(
         kind="category",
         title=category,
         results=of_category,
-        totals=totals,
-        headline=METRICS,
+        totals=Counter("defective" if card.label else "good" for card in cards),
         verdicts={name: counts[name] for name in names},
+        tally=tally(counts),
+        strips={name: draw_strip(group, arrays) for name, group in groups.items()},
         missed=Counter(card.defect_type for card in cards if card.verdict == "missed"),
         notes=Notes(),
         image_threshold=image,
@@ -85,9 +93,9 @@ def category_page(
         images=len(cards),
         no_gallery=no_images or "There are no test images.",
         only_good=only_good.is_only_good(of_category),
-        threshold_lines=only_good.threshold_lines(of_category),
+        threshold_lines=threshold_lines(of_category),
         predict_command=only_good.predict_command(results.get("command"), category),
-        types=types,
+        types=types_of(cards),
         type_counts=Counter(card.defect_type for card in cards),
         config=json.dumps(config, indent=2, ensure_ascii=False) if config is not None else None,
         no_config=no_config,
@@ -96,34 +104,43 @@ def category_page(
     )
 
 
-def count_verdicts(folder: Path, results: Mapping[str, Any]) -> list[str]:
-    """Returns the missed defective images and the false alarms, each as text: "1 of 8"."""
-    rows, _ = read_optional(folder / "images.csv", parse_rows)
-    threshold = shown_threshold(results, "image")
-    if rows is None or threshold is None or only_good.is_only_good(results):
-        return ["not available"] * 2
-    counts = Counter((row["label"], row["score"] >= threshold) for row in rows)
-    missed, alarms = counts[1, False], counts[0, True]
-    return [f"{missed} of {missed + counts[1, True]}", f"{alarms} of {alarms + counts[0, False]}"]
+def category_row(workdir: Path, name: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the page of all categories shows of one: verdicts, pictures and baselines."""
+    rows, arrays, missing = read_images(workdir / name)
+    cards = make_cards(rows or [], shown_threshold(results, "image"))
+    counts = Counter(card.verdict for card in cards)
+    groups = highlights(cards)
+    wrong = [*groups.pop("missed", [])[:2], *groups.pop("false_alarm", [])[:1]]
+    shown = [card for group in groups.values() for card in group][: HIGHLIGHTS - len(wrong)] + wrong
+    if only_good.is_only_good(results):
+        shown = cards[:HIGHLIGHTS]
+    baselines = results.get("baselines", {}).values()
+    return {
+        "name": name,
+        "link": urllib.parse.quote(name, safe="") + "/report.html",
+        "results": results,
+        "only_good": only_good.is_only_good(results),
+        "tally": tally(counts),
+        "counts": counts,
+        "strip": draw_strip(shown, arrays),
+        "no_strip": missing,
+        "best_baseline": {
+            metric: max((b[metric] for b in baselines if b[metric] is not None), default=None)
+            for metric in (METRICS if baselines else ())
+        },
+    }
 
 
-def run_page(workdir: Path, results: Mapping[str, Any]) -> str:
-    """Returns the page of all categories."""
-    rows = [
-        {
-            "name": name,
-            "link": urllib.parse.quote(name, safe="") + "/report.html",
-            "results": category,
-            "only_good": only_good.is_only_good(category),
-            "verdicts": count_verdicts(workdir / name, category),
-        }
-        for name, category in results["categories"].items()
-    ]
+def run_page(workdir: Path, results: Mapping[str, Any], waiting: Mapping[str, str]) -> str:
+    """Returns the page of all categories; `waiting` is that of `write_run`."""
+    rows = [category_row(workdir, *category) for category in results["categories"].items()]
+    total = sum((row["counts"] for row in rows if not row["only_good"]), Counter())
     return render(
         kind="run",
         title="All categories",
-        headline=METRICS,
         rows=rows,
+        waiting=waiting,
+        tally=tally(total),
         notes=Notes(),
         command=results.get("command"),
         run=results,
@@ -134,6 +151,7 @@ def render(template: str = "report.html.jinja", **values: Any) -> str:
     """Fills the template of a page with `values` and what all pages have."""
     return templates.render(
         template,
+        headline=METRICS,
         verdict_names=VERDICTS,
         scale=colour_scale(),
         truth_colour=f"rgb{TRUTH}",
@@ -143,14 +161,21 @@ def render(template: str = "report.html.jinja", **values: Any) -> str:
 
 
 def write_run(
-    workdir: str | Path, *, max_cards: int = MAX_CARDS, max_bytes: int = MAX_GALLERY_BYTES
+    workdir: str | Path,
+    *,
+    categories: Sequence[str] | None = None,
+    waiting: Mapping[str, str] | None = None,
+    max_cards: int = MAX_CARDS,
+    max_bytes: int = MAX_GALLERY_BYTES,
 ) -> None:
-    """Writes `workdir`/report.html and the page of each category.
+    """Writes `workdir`/report.html and the pages of categories.
 
     Args:
       workdir: of a run with a results.json.
-      max_cards: number of images of a category page, the worst ones.
-      max_bytes: size of all pictures of a category page.
+      categories: those of results.json whose pages are written; None: all.
+      waiting: categories that are not done yet or have failed, each with words that say so.
+      max_cards: number of images of a category page.
+      max_bytes: size of all pictures of a category page's gallery.
 
     Raises:
       ResultsError: results.json is missing or damaged; or, after all other pages are written, a
@@ -161,12 +186,14 @@ def write_run(
     options = {"max_cards": max_cards, "max_bytes": max_bytes}
     errors = []
     for category in results["categories"]:
+        if categories is not None and category not in categories:
+            continue
         try:
             (workdir / category).mkdir(exist_ok=True)
             page = category_page(workdir, results, category, **options)
             write_text(workdir / category / "report.html", page)
         except OSError as error:
             errors.append(f"{category}: its report.html cannot be written: {error}")
-    write_text(workdir / "report.html", run_page(workdir, results))
+    write_text(workdir / "report.html", run_page(workdir, results, waiting or {}))
     if errors:
         raise ResultsError("\n".join(errors))

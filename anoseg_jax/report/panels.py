@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils.epath import Path
 from PIL import Image
 from scipy import ndimage
 
@@ -16,6 +17,7 @@ from anoseg_jax.report.verdicts import Card
 
 TRUTH = (0, 200, 80)  # colour of its outline
 PANEL_PIXELS = 30e6  # of all panels of a gallery together: about 6 MB of JPEG
+STRIP = 128  # pixels: the height of the pictures of a strip
 SMALL = 192  # pixels: the height that smaller images are enlarged to
 
 
@@ -73,6 +75,16 @@ def as_panels(pictures: Mapping[str, Image.Image]) -> list[dict[str, Any]]:
         size = {"width": picture.width, "height": picture.height}
         panels.append({"caption": caption, "uri": uri, **size})
     return panels
+
+
+def draw_strip(cards: Sequence[Card], arrays: Mapping[str, np.ndarray] | None) -> list[dict]:
+    """Returns a card, a short name, truth and anomaly map of each image; [] without `arrays`."""
+    strip = []
+    for card in cards if arrays is not None else ():
+        pair = list(draw_panels(arrays, card, STRIP).items())[1:3]
+        name = "/".join(Path(card.name).with_suffix("").parts[-2:])
+        strip.append({"card": card, "name": name, "panels": as_panels(dict(pair))})
+    return strip
 
 
 def draw_gallery(

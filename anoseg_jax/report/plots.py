@@ -17,11 +17,12 @@ from anoseg_jax.report.verdicts import Card, shown_threshold
 
 # From the palette of Okabe and Ito, for readers with colour blindness.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#8a9199"
-LOSSES = {
-    "loss_segmentation": ("segmentation", BLUE),
-    "loss_reconstruction": ("reconstruction", GREEN),
-    "loss_adversarial": ("adversarial", ORANGE),
-    "loss_discriminator": ("discriminator", PURPLE),
+LOSS_COLOURS = {
+    "loss_segmentation": BLUE,
+    "loss_reconstruction": GREEN,
+    "loss_adversarial": ORANGE,
+    "loss_discriminator": PURPLE,
+    "loss_penalty": GREY,
 }
 PLOT_STYLE = {
     "svg.fonttype": "none",  # text stays text: small, and readable by machines
@@ -151,17 +152,15 @@ def plot_log(
 
 
 def plot_losses(axes: Axes, log: Sequence[Mapping[str, Any]]) -> None:
-    """Plots every loss of the log."""
-    plot_log(axes, log, LOSSES)
-    values = [line[name] for line in log for name in LOSSES if line.get(name) is not None]
+    """Plots every loss of the log; the page has the legend, with explanations."""
+    plot_log(axes, log, {name: (None, colour) for name, colour in LOSS_COLOURS.items()})
+    values = [line[name] for line in log for name in LOSS_COLOURS if line.get(name) is not None]
     if values and min(values) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="step", ylabel="loss")
-    if values:
-        axes.legend(loc="best")
 
 
 def plot_learning_rate(axes: Axes, log: Sequence[Mapping[str, Any]]) -> None:
@@ -216,9 +215,11 @@ def draw_curves(
 
 
 def draw_training(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the plots of a training log: title and svg."""
+    """Returns the plots of a training log: title, svg, and of losses a legend {name: colour}."""
+    logged = {name for line in log for name, value in line.items() if value is not None}
+    legend = {name: colour for name, colour in LOSS_COLOURS.items() if name in logged}
     return [
-        titled("Losses", log, lambda axes: plot_losses(axes, log)),
+        titled("Losses", log, lambda axes: plot_losses(axes, log)) | {"legend": legend},
         titled("Learning rate", log, lambda axes: plot_learning_rate(axes, log)),
     ]
 

@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
+from report_files import Page
 from result_files import write_results
-from test_report import Page, open_page  # noqa: F401
 
 from anoseg_jax.evaluation import evaluate
 from anoseg_jax.evaluation.results import write_evaluation
@@ -138,6 +138,6 @@ def test_what_cannot_be_compared_is_said(runs, tmp_path):
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_fits_the_window(page, open_page, width):  # noqa: F811
+def test_the_page_fits_the_window(page, open_page, width):
     shown = open_page(page, width)
     assert shown.evaluate("document.documentElement.scrollWidth") <= width
