@@ -286,7 +286,9 @@ def run(
                         with collect_failure(failures, "report.html", folder):
                             pages.write_run(folder, categories=[name], waiting=waiting)
                 if written:
-                    print(f"results: {folder}/results.md; pictures and curves: report.html there")
+                    print(
+                        f"results: {folder}/results.md; pictures and curves: {folder}/report.html"
+                    )
             if writing and whole and plan["seeds"] and shards.write_mean(workdir, plan, variant):
                 print(
                     f"mean and spread over seeds: {shards.folder_of(workdir, variant)}/results.md"

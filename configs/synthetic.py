@@ -1,8 +1,9 @@
-"""The demo: a generated texture and two objects, no files needed; minutes on two CPU cores.
+"""The demo: a perforated sheet and a blister pack, generated; minutes on two CPU cores.
 
-`:all` takes the second texture, too.
+`make demo` draws them as PNG files and trains on these. Other generated parts: two textures (weave,
+grain), two objects (washer, capsule); `:all` takes all six.
 
-python launch.py --config=configs/synthetic.py --workdir=runs/demo
+python launch.py --config=configs/synthetic.py --workdir=W
 """
 
 from ml_collections import ConfigDict
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 from configs import cpu
 
 
-def get_config(categories: str = "weave,washer,capsule") -> ConfigDict:
+def get_config(categories: str = "sheet,blister") -> ConfigDict:
     """Returns the options; `categories` is "all" or names separated by commas."""
     config = cpu.get_config(categories)
     config.dataset = "synthetic_ad"
@@ -22,7 +23,7 @@ def get_config(categories: str = "weave,washer,capsule") -> ConfigDict:
     config.detector.num_steps = 150
     config.evaluate.pictures = 4
     config.category_options = ConfigDict()
-    # The parts lie a little differently in each picture; the textures are learned sooner.
+    # The objects lie a little differently in each picture; the textures are learned sooner.
     moved = {"augment": {"rotation": 5.0, "shift": 0.03}}
     config.category_options.capsule = moved
     config.category_options.washer = moved | {"num_steps": 550}

@@ -1,9 +1,10 @@
-"""Draws the parts and their defects: two textures (weave, grain), two objects (washer, capsule).
+"""Draws the parts and their defects: textures (weave, grain), objects (washer, capsule), patterns.
 
 Every example is a function of (category, split, index) alone. A part is drawn first, a defective
 one is the same part with a defect drawn over it, and the camera's noise is added last; the mask is
-where the defective image and its good twin differ, bit for bit. The defects are none of those that
-training makes up: no patch of the image is moved, rotated or recoloured.
+where the defective image and its good twin differ, bit for bit. The defects of textures and objects
+are none of those that training makes up: no patch of the image is moved, rotated or recoloured. The
+patterns, `sheet` and `blister`, are in patterns.py.
 
 While drawn, images are float `[h, w, 3]` RGB in [0, 1], and so are colours.
 """
@@ -16,75 +17,31 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-SIZE = 128
-NUM_EXAMPLES = {"train": 64, "test_good": 12, "test_defective": 24}
+from data.synthetic_ad import patterns
+from data.synthetic_ad.pieces import (
+    SIZE,
+    X,
+    Y,
+    blend,
+    blotch,
+    curve,
+    edge,
+    lighting,
+    pick,
+    smooth_noise,
+)
+
+NUM_EXAMPLES = {
+    **{"train": 64, "test_good": 12, "test_defective": 24},
+    # In neither data set: for trying a trained model.
+    **{"new_good": 3, "new_defective": 3},
+}
 # Differences from the good twin that a person sees, in [0, 1]; smaller ones are taken back.
 VISIBLE = 0.05
 # Defects are drawn anew until their share of the image is within these.
 SMALLEST, LARGEST = 0.005, 0.06
+SPLITS = ("train", "test", "new")
 _SEED = 20240
-
-_Y, _X = np.mgrid[:SIZE, :SIZE].astype(np.float64)
-
-
-# Pieces.
-
-
-def edge(distance: np.ndarray, width: float = 1.0) -> np.ndarray:
-    """Returns 1 inside (distance < 0), 0 outside, with a soft edge of `width` pixels."""
-    return np.clip(0.5 - distance / width, 0.0, 1.0)
-
-
-def blend(image: np.ndarray, colour, amount: np.ndarray) -> np.ndarray:
-    """Lays `colour`, one or `[h, w, 3]`, over the image; `amount` `[h, w]` is its opacity."""
-    return image + (np.asarray(colour) - image) * amount[..., None]
-
-
-def smooth_noise(rng: np.random.Generator, sigma) -> np.ndarray:
-    """Returns `[h, w]` noise of unit deviation, smoothed by `sigma` pixels (one, or (y, x))."""
-    noise = ndimage.gaussian_filter(rng.standard_normal((SIZE, SIZE)), sigma, mode="wrap")
-    return noise / noise.std()
-
-
-def blotch(rng: np.random.Generator, centre, radius: float, softness: float) -> np.ndarray:
-    """Returns the opacity `[h, w]` of an irregular round shape at `centre` (y, x)."""
-    y, x = _Y - centre[0], _X - centre[1]
-    angle = np.arctan2(y, x)
-    reach = np.ones_like(angle)
-    for k in (2, 3, 5):
-        reach += rng.uniform(0.05, 0.4 / k) * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
-    return edge(np.hypot(y, x) - radius * reach, softness)
-
-
-def curve(rng: np.random.Generator, centre, length: float, angle: float, bend: float, jag=0.0):
-    """Returns for each pixel the distance to a line, and the position along it in [-1, 1].
-
-    The line is a wave with an amplitude of `bend` pixels about a straight line. Its 12 corners are
-    shifted at random, with a standard deviation of `jag` pixels.
-    """
-    y, x = _Y - centre[0], _X - centre[1]
-    along = (x * np.cos(angle) + y * np.sin(angle)) / (length / 2)
-    across = -x * np.sin(angle) + y * np.cos(angle)
-    phase = rng.uniform(0, 2 * np.pi)
-    wave = bend * (np.sin(2.2 * along + phase) - np.sin(phase))
-    corners = jag * rng.standard_normal(12)
-    distance = np.abs(across - wave - np.interp(along, np.linspace(-1, 1, 12), corners))
-    # Beyond the ends the distance grows with the way past them.
-    return np.hypot(distance, np.maximum(np.abs(along) - 1, 0) * length / 2), np.clip(along, -1, 1)
-
-
-def pick(rng: np.random.Generator, where: np.ndarray) -> np.ndarray:
-    """Returns (y, x) of a random pixel of the bool mask `where`."""
-    places = np.argwhere(where)
-    return places[rng.integers(len(places))].astype(np.float64)
-
-
-def lighting(rng: np.random.Generator, strength: float = 0.08) -> np.ndarray:
-    """Returns `[h, w, 1]` factors about 1: overall brightness and a slope across the image."""
-    slope_y, slope_x = rng.uniform(-strength, strength, 2)
-    plane = slope_y * (_Y / SIZE - 0.5) + slope_x * (_X / SIZE - 0.5)
-    return (rng.uniform(1 - strength, 1 + strength) + 2 * plane)[..., None]
-
 
 # Good parts: rng -> (image, geometry). Geometry tells the defects where the part is: "part" is its
 # opacity `[h, w]`, "surface" says where a defect may be centred, bool `[h, w]`; the rest serves
@@ -97,8 +54,8 @@ def weave(rng: np.random.Generator):
     angle = rng.uniform(-0.04, 0.04)
     phase = rng.uniform(0, 3 * pitch, 2)
     sway = 0.7 * smooth_noise(rng, 14), 0.7 * smooth_noise(rng, 14)
-    u = (_X * np.cos(angle) + _Y * np.sin(angle) + phase[0] + sway[0]) / pitch
-    v = (-_X * np.sin(angle) + _Y * np.cos(angle) + phase[1] + sway[1]) / pitch
+    u = (X * np.cos(angle) + Y * np.sin(angle) + phase[0] + sway[0]) / pitch
+    v = (-X * np.sin(angle) + Y * np.cos(angle) + phase[1] + sway[1]) / pitch
     warp_index, weft_index = np.floor(u).astype(int), np.floor(v).astype(int)
     u, v = u - warp_index - 0.5, v - weft_index - 0.5  # within the crossing, in [-0.5, 0.5]
     weft_on_top = (warp_index + weft_index) % 3 != 0
@@ -126,7 +83,7 @@ def weave(rng: np.random.Generator):
 
 def grain(rng: np.random.Generator):
     """Draws planed wood, the grain running from left to right."""
-    rings = _Y / 15 + 0.35 * smooth_noise(rng, (10, 45)) + 0.0035 * _X * rng.uniform(-1, 1)
+    rings = Y / 15 + 0.35 * smooth_noise(rng, (10, 45)) + 0.0035 * X * rng.uniform(-1, 1)
     rings = rings + rng.uniform(0, 1)
     ring = rings - np.floor(rings)
     late = ring**3 * edge(ring - 0.96, 0.08)  # late wood is dark and ends sharply
@@ -142,7 +99,7 @@ def washer(rng: np.random.Generator):
     """Draws a turned steel washer on a dark mat."""
     centre = SIZE / 2 + rng.uniform(-5, 5, 2)
     outer, inner = 46 + rng.uniform(-1, 1), 21 + rng.uniform(-0.7, 0.7)
-    y, x = _Y - centre[0], _X - centre[1]
+    y, x = Y - centre[0], X - centre[1]
     radius, angle = np.hypot(y, x), np.arctan2(y, x)
     mat = np.full((SIZE, SIZE, 3), (0.17, 0.20, 0.24))
     mat = mat * (1 + 0.06 * smooth_noise(rng, 0.8) + 0.04 * smooth_noise(rng, 12))[..., None]
@@ -191,7 +148,7 @@ def capsule(rng: np.random.Generator):
     """Draws a two-coloured capsule with the mark A7 printed on its pale half."""
     centre = SIZE / 2 + rng.uniform(-4, 4, 2)
     angle = rng.uniform(-0.25, 0.25)
-    y, x = _Y - centre[0], _X - centre[1]
+    y, x = Y - centre[0], X - centre[1]
     x, y = x * np.cos(angle) + y * np.sin(angle), -x * np.sin(angle) + y * np.cos(angle)
     half, radius = 26.0, 24.0
 
@@ -240,7 +197,7 @@ def hole(rng, image, geometry):
     """Tears a hole with a frayed rim."""
     centre, radius = pick(rng, geometry["surface"]), rng.uniform(6, 10)
     fray = 1.6 * smooth_noise(rng, 1.2)
-    distance = np.hypot(_Y - centre[0], (_X - centre[1]) * rng.uniform(0.7, 1.3)) - radius + fray
+    distance = np.hypot(Y - centre[0], (X - centre[1]) * rng.uniform(0.7, 1.3)) - radius + fray
     image = blend(image, (0.95, 0.93, 0.86), 0.7 * edge(np.abs(distance) - 1.0, 1.5))
     return blend(image, (0.05, 0.05, 0.06), edge(distance + 1))
 
@@ -249,7 +206,7 @@ def missing_thread(rng, image, geometry):
     """Leaves out a stretch of one weft thread: the dark gap and the warp below show."""
     y, x = pick(rng, geometry["surface"])
     row = geometry["weft_index"] == geometry["weft_index"][int(y), int(x)]
-    stretch = edge(np.abs(_X - x) - rng.uniform(18, 30))
+    stretch = edge(np.abs(X - x) - rng.uniform(18, 30))
     depth = np.where(geometry["weft_on_top"], 0.35, 0.75)
     below = geometry["warp"] * depth[..., None]
     return blend(image, below, row * stretch)
@@ -278,9 +235,9 @@ def chip(rng, image, geometry):
     y, x = pick(rng, geometry["surface"])
     half_length, half_height = rng.uniform(14, 24), rng.uniform(3.5, 6)
     ragged = 1 + 0.12 * smooth_noise(rng, (1.0, 3.0))
-    inside = np.hypot((_X - x) / half_length, (_Y - y) / half_height) * ragged
+    inside = np.hypot((X - x) / half_length, (Y - y) / half_height) * ragged
     image = blend(image, (0.97, 0.88, 0.70), edge(inside - 1, 0.15))
-    shadow = edge(inside - 1, 0.15) * edge(_Y - y + 0.45 * half_height, 1.5)
+    shadow = edge(inside - 1, 0.15) * edge(Y - y + 0.45 * half_height, 1.5)
     return blend(image, (0.28, 0.17, 0.09), shadow)
 
 
@@ -327,6 +284,7 @@ CATEGORIES: dict[str, tuple[Callable, dict[str, Callable]]] = {
     "grain": (grain, {"burn": burn, "chip": chip, "scratch": scratch}),
     "washer": (washer, {"nick": nick, "rust": rust, "scratch": scratch}),
     "capsule": (capsule, {"crack": crack, "fibre": fibre, "misprint": misprint}),
+    **patterns.CATEGORIES,
 }
 
 
@@ -335,10 +293,10 @@ CATEGORIES: dict[str, tuple[Callable, dict[str, Callable]]] = {
 
 def defect_type_of(category: str, split: str, index: int) -> str:
     """Returns "good" or the name of the defect of one example."""
-    if split == "train" or index < NUM_EXAMPLES["test_good"]:
+    if split == "train" or index < NUM_EXAMPLES[f"{split}_good"]:
         return "good"
     names = sorted(CATEGORIES[category][1])
-    return names[(index - NUM_EXAMPLES["test_good"]) % len(names)]
+    return names[(index - NUM_EXAMPLES[f"{split}_good"]) % len(names)]
 
 
 def draw(category: str, split: str, index: int) -> dict:
@@ -346,14 +304,15 @@ def draw(category: str, split: str, index: int) -> dict:
 
     Args:
       category: a key of `CATEGORIES`.
-      split: "train" or "test".
-      index: from 0; test examples from `NUM_EXAMPLES["test_good"]` on are defective.
+      split: "train", "test" or "new".
+      index: from 0; from `NUM_EXAMPLES["test_good"]` on, test examples are defective, and new ones
+        from `NUM_EXAMPLES["new_good"]` on.
 
     Returns:
       `image` uint8 `[128, 128, 3]`; `twin`, the same part without the defect; `mask` bool
       `[128, 128]`, where the two differ; `label` 0 or 1; `defect_type` and `name`, strings.
     """
-    seed = (_SEED, list(CATEGORIES).index(category), ("train", "test").index(split), index)
+    seed = (_SEED, list(CATEGORIES).index(category), SPLITS.index(split), index)
     part_rng, defect_rng, noise_rng = (np.random.default_rng((*seed, use)) for use in range(3))
     draw_part, defects = CATEGORIES[category]
     part, geometry = draw_part(part_rng)
@@ -387,9 +346,10 @@ def _expose(image: np.ndarray, noise: np.ndarray) -> np.ndarray:
 
 def examples(category: str, split: str) -> Iterator[dict]:
     """Yields all examples of a split, as `draw` returns them."""
-    number = NUM_EXAMPLES["train"]
-    if split == "test":
-        number = NUM_EXAMPLES["test_good"] + NUM_EXAMPLES["test_defective"]
+    if split == "train":
+        number = NUM_EXAMPLES["train"]
+    else:
+        number = NUM_EXAMPLES[f"{split}_good"] + NUM_EXAMPLES[f"{split}_defective"]
     for index in range(number):
         yield draw(category, split, index)
 
@@ -408,10 +368,19 @@ def write(out: Path, category: str) -> None:
                 mask.save(folder / f"{path.stem}_mask.png")
 
 
+def write_new(out: Path, category: str) -> None:
+    """Writes the new parts of a category as PNG files into `out`/`category`, without masks."""
+    (out / category).mkdir(parents=True, exist_ok=True)
+    for index, example in enumerate(examples(category, "new")):
+        name = f"{index}_{example['defect_type']}.png"
+        Image.fromarray(example["image"]).save(out / category / name)
+
+
 def main() -> None:
     """Runs `python -m data.synthetic_ad.drawing --out DIR`."""
     parser = argparse.ArgumentParser(description="Writes the data set in the MVTec AD layout.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the category folders")
+    parser.add_argument("--new", type=Path, help="folder for a few more, in neither train nor test")
     parser.add_argument("--categories", default=",".join(CATEGORIES), help="default: %(default)s")
     args = parser.parse_args()
     for category in args.categories.split(","):
@@ -419,6 +388,9 @@ def main() -> None:
             parser.error(f"no category {category!r}; there are {', '.join(CATEGORIES)}")
         write(args.out, category)
         print(args.out / category)
+        if args.new:
+            write_new(args.new, category)
+            print(args.new / category)
 
 
 if __name__ == "__main__":

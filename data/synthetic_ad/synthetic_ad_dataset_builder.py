@@ -1,5 +1,7 @@
 """TFDS builder of generated industrial parts, one builder config a category. Needs no files."""
 
+import contextlib
+import io
 import sys
 from pathlib import Path
 
@@ -21,6 +23,11 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         tfds.core.BuilderConfig(name=name, description=f"The category {name}.")
         for name in drawing.CATEGORIES
     ]
+
+    def download_and_prepare(self, **kwargs) -> None:
+        """Prepares the data set, without TFDS's messages about a download: there is none."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().download_and_prepare(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         return self.dataset_info_from_configs(

@@ -6,11 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.metrics import average_precision_score
 
+from anoseg_jax.evaluation import baselines
 from anoseg_jax.images import layout
 from data.synthetic_ad import drawing, synthetic_ad_dataset_builder
 
-CATEGORIES = ("weave", "grain", "washer", "capsule")
+CATEGORIES = ("weave", "grain", "washer", "capsule", "sheet", "blister")
+PATTERNS = ("sheet", "blister")
 
 
 class SyntheticAdTest(tfds.testing.DatasetBuilderTestCase):
@@ -105,3 +109,40 @@ def test_the_written_folders_are_read_as_they_were_drawn(tmp_path):
         read = layout.load(example)
         np.testing.assert_array_equal(read["image"], drawn[example.name]["image"])
         np.testing.assert_array_equal(read["mask"], drawn[example.name]["mask"])
+
+
+@pytest.mark.parametrize("category", PATTERNS)
+def test_the_defects_of_patterns_are_hidden_from_trivial_baselines(category):
+    def small(array):
+        image = Image.fromarray(array).resize((64, 64), Image.Resampling.BILINEAR)
+        return np.asarray(image)
+
+    good = [drawing.draw(category, "train", index)["image"] for index in range(24)]
+    test = [example for example in drawing.examples(category, "test") if example["label"]]
+    groups = good, [example["image"] for example in test]
+    images = [np.stack([small(image) for image in group]) for group in groups]
+    masks = np.stack([small(np.uint8(255) * example["mask"]) for example in test]) > 127
+    for baseline in baselines.BASELINES.values():
+        maps = baseline(*images)
+        assert average_precision_score(masks.ravel(), maps.ravel()) < 0.06
+
+
+def test_new_parts_are_drawn_beside_the_data_set(tmp_path):
+    drawing.write_new(tmp_path, "sheet")
+    paths = sorted((tmp_path / "sheet").iterdir())
+    kinds = ["good", "good", "good", "extra_hole", "missing_hole", "moved_hole"]
+    assert [path.name for path in paths] == [f"{i}_{kind}.png" for i, kind in enumerate(kinds)]
+    known = [
+        drawing.draw("sheet", split, index) for split in ("train", "test") for index in range(6)
+    ]
+    for path in paths:
+        assert not any(
+            np.array_equal(np.asarray(Image.open(path)), part["image"]) for part in known
+        )
+
+
+def test_nothing_is_said_about_a_download(tmp_path, capsys):
+    builder = synthetic_ad_dataset_builder.Builder(config="sheet", data_dir=tmp_path)
+    builder.download_and_prepare()
+    assert builder.info.splits["train"].num_examples == 64
+    assert "ownload" not in "".join(capsys.readouterr())
