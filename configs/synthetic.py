@@ -18,14 +18,16 @@ def get_config(categories: str = "sheet,blister") -> ConfigDict:
     if categories == "all":
         config.categories = ("all",)
     config.image_size, config.batch_size = (64, 64), 8
-    config.num_steps, config.warmup_steps = 400, 30
+    config.num_steps, config.warmup_steps = 600, 30
     config.checkpoint_every, config.log_every = 300, 50
     config.detector.num_steps = 150
     config.evaluate.pictures = 4
     config.category_options = ConfigDict()
+    # A capsule alone tells a defect; in the sheet, only a hole with its neighbours does.
+    config.category_options.blister = {"memory_bank": {"patch": 4}}
     # The objects lie a little differently in each picture; the textures are learned sooner.
     moved = {"augment": {"rotation": 5.0, "shift": 0.03}}
-    config.category_options.capsule = moved
+    config.category_options.capsule = moved | {"num_steps": 400}
     config.category_options.washer = moved | {"num_steps": 550}
     config.category_options.grain = {"num_steps": 200}
     config.category_options.weave = {"num_steps": 200}
