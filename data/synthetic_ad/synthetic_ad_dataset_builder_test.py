@@ -124,7 +124,7 @@ def test_the_defects_of_patterns_are_hidden_from_trivial_baselines(category):
     masks = np.stack([small(np.uint8(255) * example["mask"]) for example in test]) > 127
     for baseline in baselines.BASELINES.values():
         maps = baseline(*images)
-        assert average_precision_score(masks.ravel(), maps.ravel()) < 0.06
+        assert average_precision_score(masks.ravel(), maps.ravel()) < 0.15
 
 
 def test_new_parts_are_drawn_beside_the_data_set(tmp_path):

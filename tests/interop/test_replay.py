@@ -119,7 +119,9 @@ def test_each_kind_of_loss_has_words_of_its_own(option):
     kinds = getattr(losses, option.upper())
     for kind in kinds:
         config.loss[option] = kind
-        sentences.append(replay.in_words(config)[f"loss_{option}"])
+        words = replay.in_words(config)
+        # An adversarial loss has two sides.
+        sentences.append(words[f"loss_{option}"] + words["loss_discriminator"])
     assert len(set(sentences)) == len(kinds)
 
 

@@ -114,7 +114,8 @@ def test_images_are_read_and_results_pages_and_comparisons_written(root):
     assert names >= {"results.json", "evaluation.npz", "pictures", "report.html"}
     pictures = sorted((folder / "pictures").iterdir())
     assert len(pictures) >= 2 and pictures[0].read_bytes().startswith(b"\x89PNG")
-    assert (folder / "report.html").read_text().count("data:image/jpeg") == 4 * 6
+    # Six test images: four panels each in the gallery, and a pair each among the highlights.
+    assert (folder / "report.html").read_text().count("data:image/jpeg") == 6 * (4 + 2)
     comparison = compare.compare([str(root / "run")] * 2, bootstrap=10)
     (difference,) = comparison["categories"]["bolt"]["differences"].values()
     assert difference["pixel_auroc"]["value"] == 0
