@@ -27,7 +27,9 @@ def demo(tmp_path_factory):
     variables = {"DEMO": folder, "DEMO_FLAGS": flags, "BIN": Path(sys.executable).parent}
     variables["DEMO_CACHE"] = os.environ.get("JAX_COMPILATION_CACHE_DIR", folder / "cache")
     make = ["make", "--assume-old=install", "demo", *(f"{k}={v}" for k, v in variables.items())]
-    env = os.environ | {"HOME": str(home)}
+    # Not a part of the `make test` that may have started the tests.
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    env["HOME"] = str(home)
     done = subprocess.run(make, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout, folder, home
