@@ -106,8 +106,9 @@ def get_config() -> ConfigDict:
     config.memory_bank.num_bank_images = 256
     # Weight of the position of a patch beside its content; 0 ignores it.
     config.memory_bank.position_weight = 3.0
-    # Weights of the distances in the logits of the predicted map: half size, quarter size.
-    config.memory_bank.distance_weights = (1.0, 0.25)
+    # Weights of the distances in the logits of the predicted map: half size, quarter size. At
+    # 128x128 the former see what the latter see at 256x256 (configs/cpu.py).
+    config.memory_bank.distance_weights = (0.5, 1.0)
 
     # Losses (losses.py). A weight of zero switches the adversarial or the reconstruction loss off.
     # Without both (an ablation) the generator predicts the map from the image alone.
