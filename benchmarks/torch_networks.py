@@ -243,8 +243,9 @@ class PatchBank(nn.Module):
     def forward(self, images: Tensor, image_ids: Tensor | None = None) -> Tensor:
         """Returns the standardized distance of each patch to the nearest in the bank.
 
-        They are averaged over all patches that contain a pixel. With `image_ids` [b], to the nearest patch of any other image (leave-one-out); if all of the
-        bank is of that image, nothing is left out. The result is [b, rows, columns].
+        They are averaged over all patches that contain a pixel: [b, rows, columns]. With
+        `image_ids` [b], to the nearest patch of any other image (leave-one-out); if all of the bank
+        is of that image, nothing is left out.
         """
         if image_ids is None:
             image_ids = self.source.new_full((len(images),), -1)  # no image's
