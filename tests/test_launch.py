@@ -286,6 +286,15 @@ def test_killed_stopped_interrupted_and_damaged_the_same_command_again_changes_n
     assert f"warning: damaged checkpoint {newest}: " in resumed.stderr
     assert category_results(workdir) == category_results(uninterrupted)
 
+    # The evaluation stops, too, and leaves the results that exist.
+    before = (workdir / "results.json").read_bytes()
+    evaluation = start(out, *command_line, "--mode=evaluate")
+    code = signal_when(evaluation, signal.SIGTERM, lambda: "== bolt" in out.read_text())
+    assert code == 75 and (workdir / "results.json").read_bytes() == before
+    assert re.match(
+        r"stopped (before|in the evaluation of) bolt\.", out.read_text().splitlines()[-1]
+    )
+
 
 def test_two_processes_give_what_one_gives_and_survive_the_death_of_one(
     data_dir, uninterrupted, tmp_path
