@@ -404,7 +404,9 @@ def test_a_run_on_good_parts_alone_ends_in_thresholds_pictures_and_the_next_comm
     assert "not available" not in (workdir / "report.html").read_text().partition("<h2>What")[0]
     (line,) = [line for line in done.stdout.splitlines() if "judge new photographs" in line]
     words = shlex.split(line.partition(": ")[2])
-    assert words[:2] == ["python", str(ROOT / "launch.py")] and words[-1] == "PHOTOGRAPHS"
+    assert (
+        "python" in words[0] and words[1] == str(ROOT / "launch.py") and words[-1] == "PHOTOGRAPHS"
+    )
     photographs = data_dir / "bolt" / "test" / "hole"
     predicted = launch(*words[2:-1], photographs)
     assert predicted.returncode == 0, predicted.stderr
