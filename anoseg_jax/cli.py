@@ -37,8 +37,10 @@ def evaluate() -> int:
 
 
 def _run(*, training: bool) -> int:
-    open_splits = _check_data(training=training)
+    open_splits, names = _check_data(training=training)
     _start()
+    if training:
+        options.check_run_devices(FLAGS.config, names)
     from anoseg_jax import experiment
 
     failures = experiment.run(
@@ -64,10 +66,11 @@ def _python() -> str:
     return sys.executable.removeprefix(here) if sys.executable.startswith(here) else "python"
 
 
-def _check_data(*, training: bool) -> Callable[[], dict]:
-    """Checks options, images and --workdir; returns what opens the splits of each category.
+def _check_data(*, training: bool) -> tuple[Callable[[], dict], Sequence[str]]:
+    """Checks options, images and --workdir.
 
-    Imports neither JAX nor TensorFlow.
+    Returns what opens the splits of each category, and the names of the categories. Imports neither
+    JAX nor TensorFlow.
     """
     from anoseg_jax.images import layout
     from anoseg_jax.running import files
@@ -100,7 +103,7 @@ def _check_data(*, training: bool) -> Callable[[], dict]:
             config.dataset, tuple(names), data_dir=config.data_dir, tfds_dir=config.tfds_dir
         )
 
-    return open_splits
+    return open_splits, names
 
 
 def _start() -> None:
@@ -118,7 +121,7 @@ def _start() -> None:
 
 def export_replay() -> int:
     """Writes weights, batches and losses of each step, to compare another implementation with."""
-    open_splits = _check_data(training=True)
+    open_splits, _ = _check_data(training=True)
     _start()
     from anoseg_jax import experiment
 

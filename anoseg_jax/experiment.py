@@ -253,9 +253,6 @@ def run(
     """
     # Refuses what cannot work, before the first is trained.
     variants = options.check_run(config, splits, training=training) or {"": config}
-    for variant_config in variants.values() if training else ():
-        for name in splits:
-            options.check_devices(options.of_category(variant_config, name))
     shard, whole = options.shard_of(config.shard), not config.shard
     plan = shards.plan_of(config, list(splits), re.sub(r" --config\.shard[= ]\S+", "", command))
     units, failures = shards.units_of(plan, shard), []

@@ -1,7 +1,7 @@
 """Options of a run: those of a variant and of a category, and whether they fit together.
 
-Importing this imports no JAX: a wrong option is refused before that. Only `check_devices` and
-`use_compilation_cache` need it.
+Importing this imports no JAX: a wrong option is refused before that. Only `check_devices`,
+`check_run_devices` and `use_compilation_cache` need it.
 """
 
 import os
@@ -181,6 +181,14 @@ def check_devices(config: ConfigDict) -> None:
             f"batch_size={config.batch_size} must be a multiple of {parts} ({these}{times}), for "
             f"example {max(1, config.batch_size // parts) * parts}"
         )
+
+
+def check_run_devices(config: ConfigDict, categories: Iterable[str]) -> None:
+    """Raises OptionError if `check_devices` refuses the options of a category or variant."""
+    variants = of_variants(config, categories) or {"": config}
+    for variant_config in variants.values():
+        for category in categories:
+            check_devices(of_category(variant_config, category))
 
 
 def check_memory_bank(bank: ConfigDict, image_size: tuple[int, int]) -> None:

@@ -181,6 +181,16 @@ def test_a_device_that_is_not_there_is_named_before_tensorflow_is_imported(
     assert not modules & {"tensorflow", "tensorflow_datasets"}
 
 
+def test_a_batch_that_the_devices_cannot_divide_is_refused_before_tensorflow_is_imported(data_dir):
+    arguments = (TINY, f"--config.data_dir={data_dir}", f"--workdir={data_dir}/w")
+    modules = assert_refused(
+        r"batch_size=6 must be a multiple of 4 \(4 devices\), for example 4",
+        *(*arguments, "--config.batch_size=6"),
+        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+    )
+    assert not modules & {"tensorflow", "tensorflow_datasets"}
+
+
 PRINT_STEPS = """
 import sys
 from absl import flags
