@@ -432,6 +432,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = distributed.STOPPED
         elif distributed.is_distributed():
             code = complain(distributed.peer_failed(error), distributed.PEER_FAILED)
+        elif type(error).__module__.startswith("tensorflow") and "://" in str(error):
+            code = complain(" ".join(str(error).split()))  # a bucket that cannot be reached
         else:
             raise
     if "anoseg_jax.running.distributed" in sys.modules:

@@ -152,6 +152,11 @@ def test_a_bucket_is_refused_where_only_a_local_folder_will_do(data_dir, argumen
     assert not assert_refused(message, f"--workdir={data_dir}/w", *arguments) & HEAVY
 
 
+def test_a_bucket_that_cannot_be_reached_is_named():
+    message = "File system scheme 's3' not implemented .*s3://none/results.json"
+    assert_refused(message, "--mode=report", "--workdir=s3://none", EPATH_USE_TF="1")
+
+
 @pytest.mark.parametrize("workdir", ["file", "file/w", "/proc/anoseg"])
 def test_a_folder_that_cannot_be_written_to_is_named(data_dir, workdir):
     (data_dir / "file").touch()
