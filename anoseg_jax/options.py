@@ -199,7 +199,7 @@ def check_memory_bank(bank: ConfigDict, image_size: tuple[int, int]) -> None:
         return
     for key, least in (
         *(("patch", 2), ("stride", 1), ("components", 1), ("candidates_per_patch", 1)),
-        ("num_bank_images", 4),
+        *(("num_bank_images", 4), ("position_weight", 0)),
     ):
         if bank[key] < least:
             raise OptionError(f"memory_bank.{key}={bank[key]} must be at least {least}")
@@ -223,11 +223,6 @@ def check_memory_bank(bank: ConfigDict, image_size: tuple[int, int]) -> None:
         raise OptionError(
             f"memory_bank.distance_weights={tuple(bank.distance_weights)} must be two numbers: for "
             "half size and for quarter size"
-        )
-    if not len(bank.position_weights) or min(bank.position_weights) < 0:
-        raise OptionError(
-            f"memory_bank.position_weights={tuple(bank.position_weights)} must be numbers of at "
-            "least 0"
         )
 
 

@@ -214,7 +214,7 @@ class PatchBank(nn.Module):
     def embed_patches(self, images: Tensor) -> Tensor:
         """Returns descriptors of the patches of half-size images: [b, rows, columns, d]."""
         x = F.avg_pool2d(images, 2)
-        before, after = self.patch // 2 - 1, self.patch // 2
+        before, after = (self.patch - 1) // 2, self.patch // 2
         x = F.pad(x, (before, after, before, after), mode="reflect")
         # [b, c, rows, columns, patch, patch]
         x = x.unfold(2, self.patch, self.stride).unfold(3, self.patch, self.stride)
@@ -243,8 +243,9 @@ class PatchBank(nn.Module):
     def forward(self, images: Tensor, image_ids: Tensor | None = None) -> Tensor:
         """Returns the standardized distance of each patch to the nearest in the bank.
 
-        With `image_ids` [b], to the nearest patch of any other image (leave-one-out); if all of the
-        bank is of that image, nothing is left out. The result is [b, rows, columns].
+        They are averaged over all patches that contain a pixel: [b, rows, columns]. With
+        `image_ids` [b], to the nearest patch of any other image (leave-one-out); if all of the bank
+        is of that image, nothing is left out.
         """
         if image_ids is None:
             image_ids = self.source.new_full((len(images),), -1)  # no image's
@@ -255,7 +256,11 @@ class PatchBank(nn.Module):
         distances = torch.stack(
             [self.distances(*args) for args in zip(descriptors, left_out, strict=True)]
         )
-        return ((distances - self.centre) / (self.spread + 1e-6)).clamp(-3, 10)
+        distances = ((distances - self.centre) / (self.spread + 1e-6)).clamp(-3, 10)
+        cells = max(1, self.patch // self.stride)
+        before, after = cells // 2, (cells - 1) // 2
+        padded = F.pad(distances[:, None], (before, after, before, after), mode="replicate")
+        return F.avg_pool2d(padded, cells, stride=1)[:, 0]
 
 
 class Generator(nn.Module):

@@ -14,6 +14,7 @@ def get_config(categories: str = "all") -> ConfigDict:
     config.image_size = (128, 128)
     config.model.width = 16
     config.model.depth = 4
+    config.memory_bank.distance_weights = (1.0, 0.25)
     config.detector.width = 16
     config.detector.num_steps = 200
     config.batch_size = 16

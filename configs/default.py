@@ -96,18 +96,19 @@ def get_config() -> ConfigDict:
     # Patches at each of the two scales; 0 for no memory bank.
     config.memory_bank.size = 4000
     # Side of a patch and distance from one patch to the next, in pixels of the reduced image.
-    config.memory_bank.patch = 8
-    config.memory_bank.stride = 2
+    config.memory_bank.patch = 5
+    config.memory_bank.stride = 1
     # Principal components that describe a patch.
     config.memory_bank.components = 32
     # The coreset is chosen from this many candidates for each of its patches.
     config.memory_bank.candidates_per_patch = 48
     # Good images that are used: three quarters give the patches, the others calibrate distances.
     config.memory_bank.num_bank_images = 256
-    # Weights of the position of a patch; one is selected for each category.
-    config.memory_bank.position_weights = (0.0, 0.5, 1.0, 2.0, 4.0)
-    # Weights of the distances in the logits of the predicted map: half size, quarter size.
-    config.memory_bank.distance_weights = (0.5, 0.25)
+    # Weight of the position of a patch beside its content; 0 ignores it.
+    config.memory_bank.position_weight = 3.0
+    # Weights of the distances in the logits of the predicted map: half size, quarter size. At
+    # 128x128 the former see what the latter see at 256x256 (configs/cpu.py).
+    config.memory_bank.distance_weights = (0.5, 1.0)
 
     # Losses (losses.py). A weight of zero switches the adversarial or the reconstruction loss off.
     # Without both (an ablation) the generator predicts the map from the image alone.

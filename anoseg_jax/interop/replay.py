@@ -195,7 +195,8 @@ def in_words(config: ConfigDict) -> dict[str, str]:
         words["memory_bank"] = (
             f"{bank.size} patches at each of two scales (generator.memory_bank.fine and .coarse); "
             "no step changes it. The anomaly head's input has the standardized distances to the "
-            "fine scale, leave-one-out by image_ids: the batches have them as bank_distances. Only "
+            "fine scale, averaged over all patches that contain a pixel, leave-one-out by "
+            "image_ids: the batches have them as bank_distances. Only "
             "prediction adds the distances of both scales to the logits, times "
             f"{bank.distance_weights[0]:g} and {bank.distance_weights[1]:g}"
         )

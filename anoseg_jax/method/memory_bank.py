@@ -9,7 +9,7 @@ distances are leave-one-out, because an image has no unusual patches where it is
 The bank is built once a category, on the host where that is faster than compiling.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -153,12 +153,33 @@ def distances(
     return jax.lax.map(distances_of_image, (images, image_ids))
 
 
+def mean_over_patches(distances: Array, grid: PatchGrid) -> Array:
+    """Returns the mean distance of all patches that contain a pixel: [b, rows, columns], as given.
+
+    A patch that only touches a defect is unusual, too: the distances themselves draw a defect wider
+    than it is, by half a patch on each side.
+    """
+    cells = max(1, grid.patch // grid.stride)
+    for axis in (1, 2):
+        # Patch i begins (patch - 1) // 2 pixels before pixel i, see embed_patches.
+        padding = [(0, 0)] * 3
+        padding[axis] = cells // 2, (cells - 1) // 2
+        padded, size = jnp.pad(distances, padding, mode="edge"), distances.shape[axis]
+        slices = [jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(cells)]
+        distances = sum(slices) / cells
+    return distances
+
+
 def standardized_distances(
     bank: PatchBank, images: Array, image_ids: Array | None = None, *, grid: PatchGrid
 ) -> Array:
-    """Returns `distances` in standard deviations from the mean of good patches, clipped to CLIP."""
+    """Returns `distances` in standard deviations from the mean of good patches: [b, rows, columns].
+
+    They are clipped to CLIP, then `mean_over_patches`.
+    """
     raw = distances(bank, images, image_ids, grid=grid)
-    return jnp.clip((raw - bank.distance_mean) / (bank.distance_std + 1e-6), *CLIP)
+    standardized = jnp.clip((raw - bank.distance_mean) / (bank.distance_std + 1e-6), *CLIP)
+    return mean_over_patches(standardized, grid)
 
 
 def split_bank_images(
@@ -246,142 +267,34 @@ def k_center_greedy(patches: np.ndarray, size: int, *, block: int = 2048) -> np.
     return np.array(chosen)
 
 
-@partial(jax.jit, static_argnames="grid")
-def _distances_by_weight(
-    bank: PatchBank, good: Array, defective: Array, weights: Array, *, grid: PatchGrid
-) -> tuple[Array, Array, Array]:
-    """Returns distances for each weight of the position: [n, weights, patches], three of them.
-
-    Of good images; of good images as if moved by an eighth; of defective images. Two matrix
-    products an image serve all weights.
-    """
-
-    def squared_distances(x: Array) -> Array:
-        code, rest = _project(bank, x.reshape(-1, x.shape[-1]))
-        codes = bank.patches[:, :-2]
-        norms = (jnp.sum(code**2, axis=-1) + rest)[:, None] + jnp.sum(codes**2, axis=-1)
-        return norms - 2 * _exact_matmul(code, codes.T)  # [patches, size]
-
-    def squared_offsets(positions: Array) -> Array:
-        scaled = bank.position_scale * positions.reshape(-1, 1, 2)
-        return jnp.sum((scaled - bank.patches[:, -2:]) ** 2, axis=-1)
-
-    def distances_of_pair(pair: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        (x, positions), (y, _) = (embed_patches(image[None], grid) for image in pair)
-        usual, unusual = squared_distances(x), squared_distances(y)
-        shifts = [-(n // 8 or 1) for n in positions.shape[:2]]
-        offsets = squared_offsets(positions)
-        moved_offsets = squared_offsets(jnp.roll(positions, shifts, axis=(0, 1)))
-
-        def nearest(weight: Array) -> tuple[Array, Array, Array]:
-            pairs = ((usual, offsets), (usual, moved_offsets), (unusual, offsets))
-            squared = (jnp.min(a + weight**2 * b, axis=-1) for a, b in pairs)
-            return tuple(jnp.sqrt(jnp.maximum(x, 0.0)) for x in squared)
-
-        return jax.lax.map(nearest, weights)
-
-    return jax.lax.map(distances_of_pair, (good, defective))
-
-
-def select_position_weight(
-    bank: PatchBank,
-    good: np.ndarray,
-    defective: np.ndarray,
-    masks: np.ndarray,
-    *,
-    weights: Sequence[float],
-    grid: PatchGrid,
-) -> float:
-    """Returns the weight of the position: large where all parts lie alike, else small.
-
-    It is the weight with the largest product of two average precisions of the distances: of
-    synthetic defects, and of good patches that are moved by an eighth of the image.
-
-    Args:
-      bank: with positions of weight 1.
-      good: good images that are not in the bank, float [n, h, w, c] in [0, 1].
-      defective: the same with synthetic defects.
-      masks: their defect masks, [n, h, w].
-      weights: to choose from.
-      grid: of the patches.
-    """
-    from sklearn.metrics import average_precision_score  # prediction does without scikit-learn
-
-    by_weight = _distances_by_weight(
-        bank, good, defective, jnp.array(weights, jnp.float32), grid=grid
-    )
-    usual, moved, unusual = (np.asarray(x) for x in by_weight)  # [n, weights, patches]
-    n, h, w = masks.shape
-    cell = 2 * grid.stride
-    share = masks.reshape(n, h // cell, cell, w // cell, cell).mean(axis=(2, 4)).reshape(n, -1)
-    labels, counted = (share >= 0.25).ravel(), ((share == 0) | (share >= 0.25)).ravel()
-    is_moved = np.repeat([False, True], usual[:, 0].size)
-
-    def score(i: int) -> float:
-        both = np.concatenate([usual[:, i].ravel(), moved[:, i].ravel()])
-        moves = average_precision_score(is_moved, both)
-        if not labels.any():  # no synthetic defects
-            return moves
-        return moves * average_precision_score(labels[counted], unusual[:, i].ravel()[counted])
-
-    return float(weights[int(np.argmax([score(i) for i in range(len(weights))]))])
-
-
 _jitted_distances = jax.jit(distances, static_argnames="grid")
 
 
 def build(
-    images: np.ndarray,
-    image_ids: np.ndarray,
-    *,
-    seed: int,
-    options: Mapping[str, Any],
-    coords: bool,
-    make_examples: Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]],
+    images: np.ndarray, image_ids: np.ndarray, *, seed: int, options: Mapping[str, Any]
 ) -> MemoryBank:
     """Builds the memory bank; train.py broadcasts it, as last bits can differ between CPUs.
 
     Args:
-      images: good images that are trained on, uint8 [n, h, w, 3].
+      images: good images that are trained on, as they are: augmentation blurs them, and those to be
+        judged are not blurred. uint8 [n, h, w, 3].
       image_ids: int32 [n].
       seed: of the split and of the candidates.
       options: `config.memory_bank`.
-      coords: the position of a patch counts.
-      make_examples: images and ids to training examples, `good`, `defective` (float in [0, 1]) and
-        `masks`, which select the position's weight.
     """
     grid = PatchGrid(options["patch"], options["stride"])
     in_bank, in_calibration = split_bank_images(
         image_ids, num_images=options["num_bank_images"], seed=seed
     )
-    weight = 0.0
-    if coords:
-        # As in training: augmented images, random patches of one side against the other.
-        both = np.concatenate([in_bank, in_calibration])
-        examples = make_examples(images[both], image_ids[both])
-        good = np.round(255 * examples["good"][: len(in_bank)]).astype(np.uint8)
-        rng = np.random.default_rng([seed, 0, 5])
-        bank = _candidates(rng, good, image_ids[in_bank], options, coords=True, halvings=0)
-        drawn = rng.permutation(len(bank.patches))[np.arange(options["size"]) % len(bank.patches)]
-        weight = select_position_weight(
-            _subset(bank, drawn),
-            *(examples[name][len(in_bank) :] for name in ("good", "defective", "masks")),
-            weights=options["position_weights"],
-            grid=grid,
-        )
-
     scales, calibration = [], np.float32(images[in_calibration]) / 255
     for halvings in (0, 1):
-        # The images as they are: augmentation blurs them, and those to be judged are not blurred.
         rng = np.random.default_rng([seed, 0, 3 + halvings])
-        bank = _candidates(
-            rng, images[in_bank], image_ids[in_bank], options, coords=coords, halvings=halvings
-        )
-        bank.patches[:, -2:] *= weight
+        bank = _candidates(rng, images[in_bank], image_ids[in_bank], options, halvings=halvings)
         with threadpool_limits(1):  # thousands of small products: threads would wait for each other
             chosen = k_center_greedy(bank.patches, options["size"])
-        bank = _subset(bank, chosen)
-        bank = bank.replace(position_scale=np.float32(weight * bank.position_scale))
+        bank = bank.replace(
+            patches=bank.patches[chosen], patch_image_ids=bank.patch_image_ids[chosen]
+        )
         scaled = jax.jit(halve)(calibration) if halvings else calibration
         others = scaled if len(np.unique(image_ids)) > 1 else None
         scales.append(_calibrate(bank, others, grid=grid))
@@ -394,12 +307,11 @@ def _candidates(
     image_ids: np.ndarray,
     options: Mapping[str, Any],
     *,
-    coords: bool,
     halvings: int,
 ) -> PatchBank:
     """Returns a bank of all candidates for the coreset: random patches, none drawn twice.
 
-    Positions count with weight 1: as much as all of a descriptor varies.
+    Positions of weight 1 count as much as all of a descriptor varies.
     """
     cell = 2 * options["stride"] * 2**halvings
     num_patches = (images.shape[1] // cell) * (images.shape[2] // cell)
@@ -415,7 +327,7 @@ def _candidates(
             halvings=halvings,
         ),
     )
-    position_scale = np.float32(coords * np.sqrt(variance))
+    position_scale = np.float32(options["position_weight"] * np.sqrt(variance))
     return PatchBank(
         mean=mean,
         basis=basis,
@@ -425,10 +337,6 @@ def _candidates(
         distance_mean=np.float32(0),
         distance_std=np.float32(1),
     )
-
-
-def _subset(bank: PatchBank, rows: np.ndarray) -> PatchBank:
-    return bank.replace(patches=bank.patches[rows], patch_image_ids=bank.patch_image_ids[rows])
 
 
 def _calibrate(bank: PatchBank, images: Array | None, *, grid: PatchGrid) -> PatchBank:

@@ -42,6 +42,16 @@ def threshold_from_good(scores: np.ndarray, false_positive_rate: float) -> float
     return float(values[first_allowed(counts, false_positive_rate)])
 
 
+def highest_rate(reached: int, count: int, confidence: float = 0.95) -> float:
+    """Returns the upper confidence bound of a rate that was `reached` of `count` times.
+
+    Clopper and Pearson's exact bound, one-sided.
+    """
+    from scipy.stats import beta  # slow to import, and prediction does without
+
+    return float(beta.ppf(confidence, reached + 1, count - reached)) if reached < count else 1.0
+
+
 def thresholds_from_good(
     maps: np.ndarray, scores: np.ndarray, *, pixel_rate: float, image_rate: float
 ) -> dict[str, dict[str, Any]]:
@@ -65,10 +75,14 @@ def thresholds_from_good(
         how = f"at most {share} of {'the pixels of ' if name == 'pixel' else ''}{of_these}"
         if not count:
             how = "none: too few good images to hold any out (held_out)"
-        elif name == "image" and count * rate < 1:
-            how = f"above all {of_these}, too few to allow {share}"
+        threshold = threshold_from_good(values, rate)
+        if name == "image" and threshold is not None:
+            if count * rate < 1:
+                how = f"above all {of_these}, too few to allow {share}"
+            reached = int(np.count_nonzero(np.asarray(values) >= threshold))
+            how += f"; of other good images up to {highest_rate(reached, count):.0%} may reach it"
         thresholds[name] = {
-            "threshold": threshold_from_good(values, rate),
+            "threshold": threshold,
             "held_out_rate": rate,
             "images": count,
             "how": how,

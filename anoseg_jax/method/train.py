@@ -100,7 +100,7 @@ def make_examples(
     return examples
 
 
-# One program for the memory bank, the panels and replay; the training step contains its own copy.
+# One program for panels and replay; the training step contains its own copy.
 jitted_make_examples = jax.jit(make_examples, static_argnames="static")
 
 
@@ -271,37 +271,6 @@ def images_sha256(images: np.ndarray, validation: np.ndarray | None = None) -> s
     return digest.hexdigest()
 
 
-def build_memory_bank(
-    config: ConfigDict, images: np.ndarray, image_ids: np.ndarray
-) -> memory_bank.MemoryBank:
-    """Returns the memory bank of the images to train on, uint8 [n, h, w, 3], with their ids."""
-    static, options = train_state.split_options(config)
-    key = jax.random.fold_in(train_state.seed_keys(config.seed)[0], 3)
-
-    def examples_of(images: np.ndarray, image_ids: np.ndarray) -> dict[str, np.ndarray]:
-        # In batches of the training's size: one compiled program also serves panels and replay.
-        size, chunks = config.batch_size, []
-        for start in range(0, len(images), size):
-            rows = np.arange(start, start + size) % len(images)
-            batch = {"image": images[rows], "image_id": image_ids[rows]}
-            chunk_key = jax.random.fold_in(key, start)
-            chunks.append(
-                jax.device_get(jitted_make_examples(chunk_key, batch, options, static=static))
-            )
-        return {
-            name: np.concatenate([x[name] for x in chunks])[: len(images)] for name in chunks[0]
-        }
-
-    return memory_bank.build(
-        images,
-        image_ids,
-        seed=config.seed,
-        options=config.memory_bank,
-        coords=config.model.coords,
-        make_examples=examples_of,
-    )
-
-
 def make_checkpoint_fn(
     config: ConfigDict, template: TrainState, held_out: np.ndarray, *, panels: bool
 ) -> Callable[[TrainState, int], tuple[dict[str, Any], dict[str, np.ndarray]]]:
@@ -386,7 +355,9 @@ def starting_point(
             )
     if static.grid and not has_bank:
         with progress.waiting("building the memory bank of good patches", "usually under a minute"):
-            bank = build_memory_bank(config, arrays["image"], arrays["image_id"])
+            bank = memory_bank.build(
+                arrays["image"], arrays["image_id"], seed=config.seed, options=config.memory_bank
+            )
         # The last bits of a product differ between types of CPUs: all take one process's bank.
         state = state.replace(memory_bank=distributed.broadcast(bank))
     parameters = sum(x.size for x in jax.tree.leaves(state.generator))

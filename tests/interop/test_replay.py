@@ -95,7 +95,7 @@ def test_batches_are_those_of_training_with_image_ids_and_distances(folder):
             "masks": ("float32", (4, 32, 48)),
             "image_ids": ("int32", (4,)),
             "noise": ("float32", (4, 4, 32, 48)),
-            "bank_distances": ("float32", (4, 8, 12)),
+            "bank_distances": ("float32", (4, 16, 24)),
         }
         good = arrays["good"].transpose(0, 2, 3, 1)
         np.testing.assert_allclose(good, batch["image"] / 255, atol=1e-6)

@@ -24,7 +24,7 @@ OPTIONS = {
     "components": 8,
     "candidates_per_patch": 4,
     "num_bank_images": 8,
-    "position_weights": (1.0,),
+    "position_weight": 1.0,
 }
 distances = jax.jit(memory_bank.distances, static_argnames="grid")
 
@@ -42,28 +42,9 @@ def as_float(images):
     return images.astype(np.float32) / 255
 
 
-def paste_squares(images, image_ids):
-    """Stands for `train.make_examples`: a square of each image is mirrored."""
-    good = as_float(images)
-    masks = np.zeros(good.shape[:3], np.float32)
-    masks[:, 8:20, 4:16] = 1
-    return {
-        "good": good,
-        "defective": np.where(masks[..., None] == 1, good[:, :, ::-1], good),
-        "masks": masks,
-    }
-
-
-def build(images, image_ids=None, *, seed=0, coords=True, make_examples=paste_squares, **options):
+def build(images, image_ids=None, *, seed=0, **options):
     image_ids = batches.assign_image_ids(images) if image_ids is None else image_ids
-    return memory_bank.build(
-        images,
-        image_ids,
-        seed=seed,
-        options=OPTIONS | options,
-        coords=coords,
-        make_examples=make_examples,
-    )
+    return memory_bank.build(images, image_ids, seed=seed, options=OPTIONS | options)
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +94,24 @@ def test_standardized_distances_are_in_standard_deviations_and_clipped(bank):
     raw = np.asarray(distances(bank.fine, images, grid=GRID))
     result = memory_bank.standardized_distances(bank.fine, images, grid=GRID)
     expected = (raw - bank.fine.distance_mean) / bank.fine.distance_std
-    np.testing.assert_allclose(result, np.clip(expected, *memory_bank.CLIP), atol=1e-3)
+    expected = memory_bank.mean_over_patches(np.clip(expected, *memory_bank.CLIP), GRID)
+    np.testing.assert_allclose(result, expected, atol=1e-3)
     narrow = bank.fine.replace(distance_std=np.float32(1e-3))
     result = memory_bank.standardized_distances(narrow, images, grid=GRID)
     assert (result.min(), result.max()) == memory_bank.CLIP
+
+
+@pytest.mark.parametrize(("patch", "stride"), [(5, 1), (4, 1), (8, 2)])
+def test_distances_are_averaged_over_the_patches_that_contain_a_pixel(patch, stride):
+    grid = PatchGrid(patch, stride)
+    image = np.zeros((1, 64, 64, 3), np.float32)
+    image[0, 32:34, 20:22] = 1  # one pixel at half size
+    # Which patches see it: their descriptors are not those of a plain image.
+    descriptors, _ = memory_bank.embed_patches(image, grid)
+    sees = np.abs(descriptors).max(axis=-1)
+    result = np.asarray(memory_bank.mean_over_patches((sees > 0).astype(np.float32), grid))
+    assert result.max() == pytest.approx(1) and np.isclose(result, 1).sum() == 1
+    assert np.argwhere(np.isclose(result[0], 1)).tolist() == [[16 // stride, 10 // stride]]
 
 
 def test_the_bank_has_the_shapes_of_its_template(bank):
@@ -273,7 +268,7 @@ def test_nothing_is_left_out_if_all_patches_are_the_images_own(bank):
 
 def test_a_bank_without_positions_finds_a_patch_anywhere():
     images = IMAGES[:4]
-    bank = build(images, coords=False, make_examples=None, size=4 * 64, candidates_per_patch=1)
+    bank = build(images, position_weight=0.0, size=4 * 64, candidates_per_patch=1)
     assert bank.fine.position_scale == bank.coarse.position_scale == 0
     np.testing.assert_array_equal(bank.fine.patches[:, -2:], 0)
 
@@ -334,40 +329,13 @@ def test_the_coreset_by_hand():
     assert memory_bank.k_center_greedy(patches, 4).tolist() == [0, 4, 5, 2]
 
 
-@pytest.mark.parametrize("aligned", [True, False])
-def test_the_position_of_a_patch_counts_where_all_parts_lie_alike(aligned):
-    """Defects are pieces from elsewhere where parts lie alike, mirrored ones where they do not."""
-    rng = np.random.default_rng(2)
-    part = ndimage.gaussian_filter(rng.random((32, 32, 3)), (1.5, 1.5, 0), mode="wrap")
-    part = (part - part.min()) / (part.max() - part.min())
-    # A part that may lie anywhere lies everywhere equally often.
-    shifts = np.zeros((64, 2), int) if aligned else 4 * np.indices((8, 8)).reshape(2, -1).T
-    images = np.stack([np.roll(part, tuple(shift), axis=(0, 1)) for shift in shifts])
-    images = np.clip(images + 0.02 * rng.standard_normal(images.shape), 0, 1)
-    images = np.round(255 * images).astype(np.uint8)
-
-    def make_examples(images, image_ids):
-        good = as_float(images)
-        masks = np.zeros(good.shape[:3], np.float32)
-        masks[:, 8:20, 2:14] = 1
-        elsewhere = np.roll(good, 12, axis=1) if aligned else good[:, :, ::-1]
-        defective = np.where(masks[..., None] == 1, elsewhere, good)
-        return {"good": good, "defective": defective, "masks": masks}
-
-    weights = (0.0, 1.0, 4.0)
-    options = {"size": 600, "components": 16, "num_bank_images": 64, "coords": True}
-    options |= {"make_examples": make_examples}
-    bank = build(images, position_weights=weights, **options)
-    one = build(images, position_weights=(1.0,), **options)
-    for scale, scale_of_one in ((bank.fine, one.fine), (bank.coarse, one.coarse)):
-        weight = scale.position_scale / scale_of_one.position_scale
-        assert (weight >= 1) == aligned and (aligned or weight == 0)
+def test_the_position_counts_by_its_weight(bank):
+    """As much as all of a descriptor varies, times the weight."""
+    double = build(IMAGES, position_weight=2.0)
+    for scale, single in ((double.fine, bank.fine), (double.coarse, bank.coarse)):
+        assert scale.position_scale == pytest.approx(2 * single.position_scale)
         # The patches of the bank are weighted as those that they are compared with.
-        positions = np.unique(np.abs(scale.patches[:, -2:]))
-        assert positions.max() == pytest.approx(scale.position_scale)
-    assert bank.fine.position_scale / one.fine.position_scale == pytest.approx(
-        bank.coarse.position_scale / one.coarse.position_scale
-    )
+        assert np.abs(scale.patches[:, -2:]).max() == pytest.approx(scale.position_scale)
 
 
 def test_prediction_adds_the_distances_of_both_scales_to_the_logits():
@@ -434,19 +402,3 @@ def test_patches_coreset_and_distances_equal_the_recorded_ones(recorded):
     calibration = np.asarray(distances(bank, images[4:], grid=GRID))
     close(calibration.mean(), coreset["distance_mean"])
     close(calibration.std(), coreset["distance_std"])
-
-
-def test_the_selected_position_weight_equals_the_recorded_one(recorded):
-    patches = recorded["candidates.patches"].copy()
-    patches[:, -2:] /= 2  # they were written with a weight of 2
-    bank = recorded_bank(recorded, patches, recorded["candidates.patch_image_ids"])
-    bank = bank.replace(position_scale=recorded["candidates.position_scale"] / 2)
-    weight = memory_bank.select_position_weight(
-        bank,
-        as_float(recorded["images"][4:]),
-        recorded["select.defective"],
-        recorded["select.masks"],
-        weights=(0.0, 0.5, 1.0, 2.0, 4.0),
-        grid=GRID,
-    )
-    assert weight == recorded["select.weight"]

@@ -46,7 +46,9 @@ def make_state():
     create = train_state.jit_create(train_state.create_state)
     state = create(KEY, options, static=static, image_size=(32, 32))
     config.model.coords = False  # positions have no weight to select: less to compile
-    bank = train.build_memory_bank(config, IMAGES, np.arange(8, dtype=np.int32))
+    bank = memory_bank.build(
+        IMAGES, np.arange(8, dtype=np.int32), seed=config.seed, options=config.memory_bank
+    )
     return static, options, jax.device_get(state.replace(memory_bank=bank))
 
 
@@ -215,7 +217,9 @@ def test_config_resume_continues_another_workdir(trained, tmp_path, capsys, chan
     is_stated = "new schedule of 7 steps" in capsys.readouterr().out
     assert is_stated == (change == "images")
     arrays, _ = train.split_images(config, images)
-    fresh = train.build_memory_bank(config, arrays["image"], arrays["image_id"])
+    fresh = memory_bank.build(
+        arrays["image"], arrays["image_id"], seed=config.seed, options=config.memory_bank
+    )
     bank = memory_bank.from_dicts(saved.state["memory_bank"])
     jax.tree.map(np.testing.assert_array_equal, bank, fresh)
     is_kept = np.array_equal(before["memory_bank"]["fine"]["patches"], fresh.fine.patches)
