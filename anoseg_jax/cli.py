@@ -37,8 +37,10 @@ def evaluate() -> int:
 
 
 def _run(*, training: bool) -> int:
-    open_splits = _check_data(training=training)
+    open_splits, names = _check_data(training=training)
     _start()
+    if training:
+        options.check_run_devices(FLAGS.config, names)
     from anoseg_jax import experiment
 
     failures = experiment.run(
@@ -55,13 +57,20 @@ def _command() -> str:
     """Returns the command line of this process."""
     program, *arguments = sys.argv
     is_script = Path(program).name == "anoseg"
-    return shlex.join(["anoseg", *arguments] if is_script else ["python", *sys.argv])
+    return shlex.join(["anoseg", *arguments] if is_script else [_python(), *sys.argv])
 
 
-def _check_data(*, training: bool) -> Callable[[], dict]:
-    """Checks options, images and --workdir; returns what opens the splits of each category.
+def _python() -> str:
+    """Returns this Python as one calls it from here: by its path if that is below this folder."""
+    here = os.path.join(os.getcwd(), "")
+    return sys.executable.removeprefix(here) if sys.executable.startswith(here) else "python"
 
-    Imports neither JAX nor TensorFlow.
+
+def _check_data(*, training: bool) -> tuple[Callable[[], dict], Sequence[str]]:
+    """Checks options, images and --workdir.
+
+    Returns what opens the splits of each category, and the names of the categories. Imports neither
+    JAX nor TensorFlow.
     """
     from anoseg_jax.images import layout
     from anoseg_jax.running import files
@@ -79,6 +88,8 @@ def _check_data(*, training: bool) -> Callable[[], dict]:
     else:
         names = sources.check_names(config.dataset, config.categories)
     options.check_run(config, names, training=training)
+    if training:
+        options.check_resume(config, names, Path(FLAGS.workdir))
     files.require_writable(Path(FLAGS.workdir), "--workdir")
 
     def open_splits() -> dict:
@@ -92,7 +103,7 @@ def _check_data(*, training: bool) -> Callable[[], dict]:
             config.dataset, tuple(names), data_dir=config.data_dir, tfds_dir=config.tfds_dir
         )
 
-    return open_splits
+    return open_splits, names
 
 
 def _start() -> None:
@@ -110,7 +121,7 @@ def _start() -> None:
 
 def export_replay() -> int:
     """Writes weights, batches and losses of each step, to compare another implementation with."""
-    open_splits = _check_data(training=True)
+    open_splits, _ = _check_data(training=True)
     _start()
     from anoseg_jax import experiment
 
@@ -171,6 +182,8 @@ def predict(arguments: Sequence[str]) -> int:
     """Predicts photographs: launch.py --mode=predict --workdir=W --out=DIR FILE_OR_FOLDER ..."""
     from anoseg_jax.deploy import photographs
 
+    if FLAGS.follow and any("://" in argument for argument in arguments):
+        raise UsageError("--follow needs photographs in local folders")
     listed = photographs.Photographs(arguments, exclude=FLAGS.out)
     _check_model(writes_to=FLAGS.out)
     from anoseg_jax.deploy import predictions
@@ -202,7 +215,7 @@ def serve() -> int:
         if error.name != "fastapi":
             raise
         raise UsageError(
-            "--mode=serve needs fastapi and uvicorn: pip install fastapi uvicorn"
+            f"--mode=serve needs fastapi and uvicorn: {_python()} -m pip install fastapi uvicorn"
         ) from None
     limits = serve.Limits(megabytes=FLAGS.max_megabytes, megapixels=FLAGS.max_megapixels)
     serve.serve(_load_predictor(), FLAGS.host, FLAGS.port, limits)
@@ -210,12 +223,14 @@ def serve() -> int:
 
 
 def _check_model(writes_to: str | None = None) -> None:
-    """Raises UsageError if there is no model in --workdir, or a folder cannot be written to."""
+    """Raises UsageError if there is no model in --workdir, or --out is no folder to write to."""
     from anoseg_jax.deploy import model_folder
     from anoseg_jax.running import files
 
     model_folder.find_model(FLAGS.workdir, FLAGS.category)
     if writes_to is not None:
+        if "://" in writes_to:
+            raise UsageError(f"--out={writes_to}: must be a local folder: copy it from there")
         files.require_writable(Path(writes_to), "--out")
     from anoseg_jax.running import distributed
 
@@ -406,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         code = complain(
             f"--mode={FLAGS.mode} needs {error.name}, which the installation for predicting alone "
-            "leaves out: pip install anoseg_jax"
+            "leaves out: pip install . in a checkout of anoseg_jax"
         )
     except Exception as error:
         from anoseg_jax.running import distributed
@@ -417,6 +432,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = distributed.STOPPED
         elif distributed.is_distributed():
             code = complain(distributed.peer_failed(error), distributed.PEER_FAILED)
+        elif type(error).__module__.startswith("tensorflow") and "://" in str(error):
+            code = complain(" ".join(str(error).split()))  # a bucket that cannot be reached
         else:
             raise
     if "anoseg_jax.running.distributed" in sys.modules:

@@ -8,7 +8,7 @@ import dataclasses
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -53,6 +53,13 @@ def fit(
     saved = detector.fit(config, images, folder, generator=generator, writer=writer, **how)
     distributed.stop_if_asked("after training the detector")
     return generator, saved
+
+
+def stoppable(test: Iterable[evaluate.Batch], where: str) -> Iterator[evaluate.Batch]:
+    """Yields the batches; raises distributed.Stopped before one if a signal asks for it."""
+    for batch in test:
+        distributed.stop_if_asked(where)
+        yield batch
 
 
 def trained_on(images: np.ndarray, options: Mapping[str, Any], splits: Splits) -> np.ndarray:
@@ -145,6 +152,7 @@ def run_category(
     image_size = tuple(trained_with["image_size"])
 
     # Maps to metrics.
+    where = f"in the evaluation of {folder.name}"
     arrays = input_pipeline.load_arrays(splits.test, image_size)
     test = list(input_pipeline.test_batches(arrays, settings.batch_size))
     native = {}
@@ -168,11 +176,12 @@ def run_category(
         )
     else:
         how |= {"detector": predictor.detector, "image_score": settings.image_score}
-        evaluation = evaluate.evaluate(predictor, test, **how)
+        evaluation = evaluate.evaluate(predictor, stoppable(test, where), **how)
         if not test:
             arrays = load_held_out(splits, predictor)
             how |= dict.fromkeys(native) | {"batch_size": settings.batch_size}
             evaluation = show_held_out(evaluation, predictor, arrays, **how)
+    distributed.stop_if_asked(where)
     has_baselines = settings.baselines and test and int(splits.train.cardinality())
     if has_baselines and distributed.is_main_process():
         if images is None or tuple(config.image_size) != image_size:
@@ -244,9 +253,6 @@ def run(
     """
     # Refuses what cannot work, before the first is trained.
     variants = options.check_run(config, splits, training=training) or {"": config}
-    for variant_config in variants.values() if training else ():
-        for name in splits:
-            options.check_devices(options.of_category(variant_config, name))
     shard, whole = options.shard_of(config.shard), not config.shard
     plan = shards.plan_of(config, list(splits), re.sub(r" --config\.shard[= ]\S+", "", command))
     units, failures = shards.units_of(plan, shard), []

@@ -1,7 +1,7 @@
 """Options of a run: those of a variant and of a category, and whether they fit together.
 
-Importing this imports no JAX: a wrong option is refused before that. Only `check_devices` and
-`use_compilation_cache` need it.
+Importing this imports no JAX: a wrong option is refused before that. Only `check_devices`,
+`check_run_devices` and `use_compilation_cache` need it.
 """
 
 import os
@@ -25,6 +25,20 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "evaluate.image_score": ("map", "detector"),
 }
+# The least value of numbers.
+AT_LEAST = {
+    "batch_size accumulate num_steps log_every checkpoint_every detector.num_steps model.depth "
+    "model.discriminator_depth model.latent detector.latent evaluate.batch_size "
+    "defects.cut_and_paste.regions defects.hard_augmentation.regions defects.scratch.lines": 1,
+    "seed warmup_steps evaluate.pictures weight_decay discriminator_scale loss.gradient_penalty "
+    "loss.segmentation_weight loss.reconstruction_weight loss.adversarial_weight "
+    "detector.adversarial_weight detector.reconstruction_weight": 0,
+}
+POSITIVE = ("learning_rate", "clip_norm", "detector.learning_rate", "max_megapixels")
+FRACTIONS = (
+    "held_out ema_decay defects.normal_fraction evaluate.top_fraction "
+    "evaluate.pixel_false_positive_rate evaluate.image_false_positive_rate"
+).split()
 # What all variants of a run share.
 SHARED_BY_VARIANTS = (
     "dataset data_dir tfds_dir categories category_options seed seeds shard variants "
@@ -73,17 +87,8 @@ def check(config: ConfigDict, *, training: bool = True) -> None:
         if not Path(config.maps_dir).is_dir():
             raise OptionError(f"{where} is no folder; it holds <category>/<defect type>/<stem>.npy")
     shard_of(config.shard)
-    for key in (
-        *("batch_size", "accumulate", "num_steps", "log_every", "checkpoint_every"),
-        "detector.num_steps",
-    ):
-        value = _value(config, key)
-        if value < 1:
-            raise OptionError(f"{key}={value} must be at least 1")
-    for key in ("held_out", "evaluate.top_fraction"):
-        value = _value(config, key)
-        if not 0 <= value < 1:
-            raise OptionError(f"{key}={value} must be from 0 to less than 1")
+    check_lists(config)
+    check_ranges(config)
     for key, choices in CHOICES.items():
         value = _value(config, key)
         if value not in choices:
@@ -102,6 +107,37 @@ def _value(config: ConfigDict, path: str) -> Any:
     for name in path.split("."):
         config = config[name]
     return config
+
+
+def check_ranges(config: ConfigDict) -> None:
+    """Raises OptionError, naming the first number that is out of its range."""
+    for keys, least in AT_LEAST.items():
+        for key in keys.split():
+            if not _value(config, key) >= least:
+                raise OptionError(f"{key}={_value(config, key)} must be at least {least}")
+    for key in POSITIVE:
+        if not _value(config, key) > 0:
+            raise OptionError(f"{key}={_value(config, key)} must be above 0")
+    for key in FRACTIONS:
+        if not 0 <= _value(config, key) < 1:
+            raise OptionError(f"{key}={_value(config, key)} must be from 0 to less than 1")
+    for kind, options in config.defects.items():
+        for key, value in options.items() if isinstance(options, ConfigDict) else ():
+            if isinstance(value, tuple) and not (len(value) == 2 and value[0] <= value[1]):
+                raise OptionError(
+                    f"defects.{kind}.{key}={value} must be two numbers, smallest and largest"
+                )
+
+
+def check_lists(config: ConfigDict) -> None:
+    """Raises OptionError if a seed is no whole number from 0 up, or something is named twice."""
+    if any(not isinstance(seed, int) or seed < 0 for seed in config.seeds):
+        raise OptionError(f"seeds={config.seeds} must be whole numbers of at least 0")
+    for key in ("seeds", "categories"):
+        values = config[key]
+        twice = next((value for value in values if values.count(value) > 1), None)
+        if twice is not None:
+            raise OptionError(f"{key}: {twice} is named twice, but has one folder: name it once")
 
 
 def check_tuples(config: ConfigDict, path: str = "") -> None:
@@ -145,6 +181,14 @@ def check_devices(config: ConfigDict) -> None:
             f"batch_size={config.batch_size} must be a multiple of {parts} ({these}{times}), for "
             f"example {max(1, config.batch_size // parts) * parts}"
         )
+
+
+def check_run_devices(config: ConfigDict, categories: Iterable[str]) -> None:
+    """Raises OptionError if `check_devices` refuses the options of a category or variant."""
+    variants = of_variants(config, categories) or {"": config}
+    for variant_config in variants.values():
+        for category in categories:
+            check_devices(of_category(variant_config, category))
 
 
 def check_memory_bank(bank: ConfigDict, image_size: tuple[int, int]) -> None:
@@ -301,6 +345,17 @@ def check_run(
     for category in categories:
         of_category(config, category, training=training)
     return of_variants(config, categories, training=training)
+
+
+def check_resume(config: ConfigDict, categories: Iterable[str], workdir: Path) -> None:
+    """Raises OptionError if a new `workdir` is to resume from a folder without checkpoints."""
+    for category in categories if not workdir.exists() else ():
+        folder = of_category(config, category).resume
+        if folder and not (Path(folder) / "checkpoints").is_dir():
+            raise OptionError(
+                f"resume={folder!r}: there is no checkpoint; it is the folder of a category in the "
+                "--workdir of another run"
+            )
 
 
 def use_compilation_cache(folder: str) -> None:

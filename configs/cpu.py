@@ -21,6 +21,6 @@ def get_config(categories: str = "all") -> ConfigDict:
     config.num_steps = 1000
     config.warmup_steps = 100
     config.checkpoint_every = 200
-    config.log_every = 20
+    config.log_every = 10
     config.ema_decay = 0.99
     return config

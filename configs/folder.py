@@ -17,9 +17,9 @@ from configs import cpu, default
 def get_config(argument: str = "all") -> ConfigDict:
     """Returns the options; `argument` is CATEGORIES or CATEGORIES:cpu, "all" or names with commas.
 
-    With ":cpu" the network and the schedule are those of configs/cpu.py.
+    "cpu" is "all:cpu". With ":cpu" the network and the schedule are those of configs/cpu.py.
     """
-    categories, _, size = argument.partition(":")
+    categories, _, size = ("all:cpu" if argument == "cpu" else argument).partition(":")
     if size not in ("", "cpu"):
         raise ValueError(f"configs/folder.py:{argument}: the size can only be cpu, not {size!r}")
     config = cpu.get_config() if size == "cpu" else default.get_config()

@@ -250,6 +250,33 @@ def test_the_messages_of_the_troubleshooting_page_exist():
             assert piece.strip() in source, message
 
 
+def table_of(file, *titles):
+    """Returns the rows of the first table of a page whose first row has these titles."""
+    lines = [line for line in text_of(file).splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    start = next(i for i, row in enumerate(rows) if set(titles) <= set(row))
+    stop = next((i for i in range(start + 2, len(rows)) if len(rows[i]) != len(rows[start])), None)
+    return rows[start], rows[start + 2 : stop]
+
+
+def test_the_tables_of_measured_figures_agree():
+    """README.md has model and baseline side by side, docs/results.md one below the other."""
+    titles = "image AUROC", "pixel AUROC", "pixel AP"
+    header, rows = table_of("docs/results.md", "category", *titles)
+    columns = [header.index(title) for title in titles]
+    measured = {(row[0], row[1]): [row[column] for column in columns] for row in rows}
+    header, rows = table_of("README.md", *titles)
+    columns = [[i for i, cell in enumerate(header) if cell.endswith(title)] for title in titles]
+    of_anomalib, lines = table_of("docs/anomalib.md", "method", "pretrained on")
+    (ours,) = [line for line in lines if line[0].startswith("anoseg_jax")]
+    assert {row[0] for row in rows} >= {"screw", "pill"}
+    for row in rows:
+        model, baseline = ([row[pair[k]] for pair in columns] for k in (0, 1))
+        assert model == measured[row[0], "default"], row[0]
+        assert baseline == measured[row[0], "best trivial baseline for each figure"], row[0]
+        assert ours[of_anomalib.index(row[0])].startswith(f"{model[0]} / {model[1]}"), row[0]
+
+
 def test_links_of_a_page_are_those_of_the_site():
     text = "[a](../benchmarks/peers.md) [b](metrics.md#formulae) [c](https://x.y/z.md) [d](#here)"
     expected = "[a](../peers.md) [b](../metrics.md#formulae) [c](https://x.y/z.md) [d](#here)"

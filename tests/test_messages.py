@@ -93,6 +93,8 @@ def test_errors_of_use_are_one_line_before_jax_is_imported(arguments, message):
         ("remat=x", "--config.remat=x: must be True or False"),
         ("image_size=x", "image_size=.* must be numbers"),
         ("num_steps=0", "num_steps=0 must be at least 1"),
+        ("seeds=(1,1)", "seeds: 1 is named twice"),
+        ("resume=/none", "resume='/none': there is no checkpoint; it is the folder of a category"),
         ("image_size=30", "image_size 30x30 does not fit model.depth=2"),
         ("defects.preset=hard", "defects.preset='hard' must be one of default, objects"),
         ("categories=nut", "no category nut in it; categories there: bolt"),
@@ -109,6 +111,7 @@ def test_a_flat_folder_of_photographs_is_told_both_ways_out(tmp_path):
     save(photo(1), tmp_path / "0.png")
     arguments = TINY, f"--config.data_dir={tmp_path}", f"--workdir={tmp_path}/w"
     message = f"{tmp_path}/<category>/train/good.*or.*--config.layout=photographs"
+    message += rf" \(the category is {tmp_path.name}\)"
     assert not assert_refused(message, *arguments) & HEAVY
 
 
@@ -133,6 +136,25 @@ def test_a_config_is_found_by_name_from_any_folder(data_dir):
     for config in ("folder:bolt:cpu", "configs/folder.py:bolt:cpu"):
         code, lines, modules = run(f"--config={config}", *arguments, cwd=data_dir)
         assert (code, lines) == (0, []) and not modules & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mode=predict", "--out=gs://b/o"], "--out=gs://b/o: must be a local folder"),
+        (["--mode=export", "--out=gs://b/o", "--format=onnx"], "--out=gs://b/o: must be a local"),
+        (["--mode=predict", "--out=o", "--follow", "gs://b/new"], "--follow needs photographs in"),
+    ],
+)
+def test_a_bucket_is_refused_where_only_a_local_folder_will_do(data_dir, arguments, message):
+    (data_dir / "w" / "bolt" / "checkpoints").mkdir(parents=True)
+    arguments = arguments if "--mode=export" in arguments else [*arguments, f"{data_dir}/bolt"]
+    assert not assert_refused(message, f"--workdir={data_dir}/w", *arguments) & HEAVY
+
+
+def test_a_bucket_that_cannot_be_reached_is_named():
+    message = "File system scheme 's3' not implemented .*s3://none/results.json"
+    assert_refused(message, "--mode=report", "--workdir=s3://none", EPATH_USE_TF="1")
 
 
 @pytest.mark.parametrize("workdir", ["file", "file/w", "/proc/anoseg"])
@@ -160,6 +182,16 @@ def test_a_device_that_is_not_there_is_named_before_tensorflow_is_imported(
         f"JAX_PLATFORMS={platforms}: JAX finds no such device here.*: unset JAX_PLATFORMS",
         *arguments,
         JAX_PLATFORMS=platforms,
+    )
+    assert not modules & {"tensorflow", "tensorflow_datasets"}
+
+
+def test_a_batch_that_the_devices_cannot_divide_is_refused_before_tensorflow_is_imported(data_dir):
+    arguments = (TINY, f"--config.data_dir={data_dir}", f"--workdir={data_dir}/w")
+    modules = assert_refused(
+        r"batch_size=6 must be a multiple of 4 \(4 devices\), for example 4",
+        *(*arguments, "--config.batch_size=6"),
+        XLA_FLAGS="--xla_force_host_platform_device_count=4",
     )
     assert not modules & {"tensorflow", "tensorflow_datasets"}
 

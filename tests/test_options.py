@@ -36,6 +36,7 @@ def test_categories_are_picked_by_name():
     assert mvtec.get_config("screw,tile").categories == ("screw", "tile")
     assert len(mvtec.get_config().categories) == 15
     assert folder.get_config("bolt:cpu").image_size == (128, 128)
+    assert folder.get_config("cpu") == folder.get_config("all:cpu")
     with pytest.raises(ValueError, match="cpu"):
         folder.get_config("bolt:gpu")
     with pytest.raises(ValueError, match="paper"):
@@ -64,6 +65,20 @@ def test_options_of_a_category_stand_in_for_those_of_the_run():
         ({"shard": "1"}, "shard='1' must be i/n"),
         ({"log_every": 0}, "log_every=0"),
         ({"held_out": 1.0}, "held_out=1.0 must be from 0 to less than 1"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0 must be from 0 to less than 1"),
+        ({"evaluate.image_false_positive_rate": -0.1}, "positive_rate=-0.1 must be from 0 to"),
+        ({"evaluate.batch_size": 0}, "evaluate.batch_size=0 must be at least 1"),
+        ({"model.latent": 0}, "model.latent=0 must be at least 1"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must be at least 0"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be above 0"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"seeds": (0, -1)}, r"seeds=\(0, -1\) must be whole numbers of at least 0"),
+        ({"seeds": (0, 0.5)}, r"seeds=\(0, 0.5\) must be whole numbers"),
+        ({"seeds": (2, 2)}, "seeds: 2 is named twice"),
+        ({"categories": ("a", "b", "a")}, "categories: a is named twice"),
+        ({"defects.scratch.length": (0.5,)}, r"scratch.length=\(0.5,\) must be two numbers"),
+        ({"defects.scratch.length": (0.9, 0.1)}, "smallest and largest"),
         ({"image_size": (30, 32)}, r"30x32.*model.depth=2.*multiples of 4"),
         ({"dataset": "mvtec"}, "dataset='mvtec' must be one of folder, mvtec_ad, synthetic_ad"),
         ({"defects.preset": "hard"}, "defects.preset='hard'"),

@@ -191,7 +191,7 @@ def predict(
     Args:
       predictor: the model with its thresholds.
       photographs: to predict, without those in `out`.
-      out: the folder to write to.
+      out: the folder to write to; a local one, as rows are appended.
       maps: which photographs get a map and an overlay: "all", "defective" or "none".
       follow: goes on until Ctrl-C or SIGTERM with files as they arrive; rows are appended, and
         files that predictions.csv has are left out.
@@ -200,10 +200,8 @@ def predict(
       Whether everything was done: all photographs were readable, and no signal ended it early.
 
     Raises:
-      UsageError: there are no images, or `out` is not a local folder.
+      UsageError: there are no images.
     """
-    if "://" in os.fspath(out):
-        raise UsageError(f"{out}: must be a local folder: rows are appended to predictions.csv")
     paths = photographs.list()
     if not paths and not follow:
         raise UsageError(f"{', '.join(photographs.arguments)}: no images in it")
@@ -236,7 +234,10 @@ def predict(
             on_pause=lambda: write_page(out / "report.html", predictor, summary),
         )
     write_page(out / "report.html", predictor, summary)
-    print(f"{summary.line(total)}\n{table_path}; the same with pictures: report.html beside it")
+    print(summary.line(total))
+    if defective := summary.defective_names():
+        print(f"defective, the highest score first: {defective}")
+    print(f"{table_path}; the same with pictures: report.html beside it")
     is_complete = follow or sum(summary.counts.values()) == total
     return is_complete and not summary.counts[UNREADABLE]
 

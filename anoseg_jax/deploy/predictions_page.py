@@ -70,6 +70,13 @@ class Summary:
         speed = done / seconds if seconds else 0.0
         return f"{done}{of_all} images, {speed:.1f} images/s: {', '.join(counts)}"
 
+    def defective_names(self, limit: int = 5) -> str:
+        """Returns the defective photographs by name, and how many more there are; maybe ""."""
+        cards = sorted(self.cards, reverse=True)
+        names = [card.name for card in cards if card.verdict == DEFECTIVE][:limit]
+        more = self.counts[DEFECTIVE] - len(names)
+        return ", ".join(names) + (f" and {more} more" if more else "")
+
 
 def draw_panels(prediction: Prediction) -> tuple[tuple[str, str], ...]:
     """Returns small pictures of photograph, anomaly map and what was found, with captions."""

@@ -150,6 +150,8 @@ class Service:
         return bytes(body)
 
     def _load(self, data: bytes) -> Loaded:
+        if data.startswith(b"--") and b"form-data;" in data[:1000]:  # curl -F, an HTML form
+            raise Refused(415, "send the file itself, no form: curl --data-binary @photo.jpg ...")
         width = height = 0
         with contextlib.suppress(Exception):  # load says what is wrong with it
             with Image.open(io.BytesIO(data)) as image:

@@ -195,12 +195,14 @@ def _flat_message(data_dir: Path, flat: list[Path]) -> str:
     here, in_itself = printable(data_dir), flat == [data_dir]
     where = here if in_itself else f"{here}: {printable(names_of(flat))}"
     pictures = [path for path in entries(flat[0])[1] if is_image(path)]
+    one, names = len(flat) == 1, printable(names_of([folder.absolute() for folder in flat]))
     category = f"{here}/<category>" if in_itself else f"{here}/{printable(flat[0].name)}"
     return (
         f"{where}: photographs ({printable(names_of(pictures, 2))}) are not in folders that say "
         f"what they show: move good parts to {category}/train/good, some of them to "
         f"{category}/test/good, defective parts to {category}/test/<defect type>; or, if all of "
-        "them show good parts, leave them there and add --config.layout=photographs"
+        "them show good parts, leave them there and add --config.layout=photographs "
+        f"({'the category is' if one else 'the categories are'} {names})"
     )
 
 

@@ -70,13 +70,15 @@ def thresholds_from_good(
     thresholds = {}
     for name, values, rate in (("pixel", maps, pixel_rate), ("image", scores, image_rate)):
         count = len(values)
-        how = f"at most {rate:.2%} of the {name}s of {count} good images that were held out"
+        share = f"{100 * rate:.4g}%"
+        of_these = f"{count} good images that were held out"
+        how = f"at most {share} of {'the pixels of ' if name == 'pixel' else ''}{of_these}"
         if not count:
             how = "none: too few good images to hold any out (held_out)"
         threshold = threshold_from_good(values, rate)
         if name == "image" and threshold is not None:
             if count * rate < 1:
-                how += f": above all of them, as {count} images cannot tell a rate of {rate:.2%}"
+                how = f"above all {of_these}, too few to allow {share}"
             reached = int(np.count_nonzero(np.asarray(values) >= threshold))
             how += f"; of other good images up to {highest_rate(reached, count):.0%} may reach it"
         thresholds[name] = {

@@ -47,8 +47,10 @@ def test_one_command_writes_table_maps_overlays_and_page(workdir, photographs, t
     blocked.mkdir()
     for name in ("tensorflow", "sklearn", "matplotlib", "clu", "optax"):
         (blocked / f"{name}.py").write_text(f"raise ImportError('{name} is blocked')")
+    thresholds = {"pixel_threshold": 0.01, "image_threshold": 0.0}
+    flags = [f"--{name}={value}" for name, value in thresholds.items()]
     done = subprocess.run(
-        command(f"--workdir={workdir}", f"--out={out}", "--pixel_threshold=0.01", photographs),
+        command(f"--workdir={workdir}", f"--out={out}", *flags, photographs),
         env=os.environ | {"PYTHONPATH": str(blocked)},
         capture_output=True,
         text=True,
@@ -61,7 +63,10 @@ def test_one_command_writes_table_maps_overlays_and_page(workdir, photographs, t
     assert len(rows) == 6
     broken = rows.pop(str(photographs / "monday" / "broken.png"))
     assert broken["verdict"] == "unreadable" and broken["error"].startswith("is not an image")
-    expected = Predictor(workdir, pixel_threshold=0.01)(photographs / "monday" / "a.png")
+    ranked = sorted(rows, key=lambda name: -float(rows[name]["score"]))
+    names = ", ".join(str(Path(name).relative_to(photographs)) for name in ranked)
+    assert f"defective, the highest score first: {names}\n" in done.stdout
+    expected = Predictor(workdir, **thresholds)(photographs / "monday" / "a.png")
     row = rows[str(photographs / "monday" / "a.png")]
     assert float(row["score"]) == pytest.approx(expected.score, rel=1e-7)
     assert float(row["threshold"]) == pytest.approx(expected.thresholds.image)

@@ -122,6 +122,7 @@ def bomb():
         (b"", 400, "is empty"),
         (b"hello", 400, "is not an image"),
         (b"/etc/passwd", 400, "is not an image"),
+        (b"--x\r\nContent-Disposition: form-data; name=file\r\n\r\n", 415, "--data-binary @"),
         (encode(draw_part(0))[:200], 400, "damaged or cut short"),
         (bomb(), 413, "60000x60000 pixels, more than 1 megapixels"),
         (bytes(2_000_000), 413, "more than 1 MB"),
