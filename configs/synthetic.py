@@ -23,8 +23,6 @@ def get_config(categories: str = "sheet,blister") -> ConfigDict:
     config.detector.num_steps = 150
     config.evaluate.pictures = 4
     config.category_options = ConfigDict()
-    # A capsule alone tells a defect; in the sheet, only a hole with its neighbours does.
-    config.category_options.blister = {"memory_bank": {"patch": 4}}
     # The objects lie a little differently in each picture; the textures are learned sooner.
     moved = {"augment": {"rotation": 5.0, "shift": 0.03}}
     config.category_options.capsule = moved | {"num_steps": 400}
