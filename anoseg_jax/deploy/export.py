@@ -81,13 +81,9 @@ def write_stablehlo(function: ExportFn, size: tuple[int, int], path: Path) -> No
 
 
 def write_onnx(function: ExportFn, size: tuple[int, int], path: Path) -> None:
-    """Writes an ONNX file. Raises ExportError if jax2onnx is not installed."""
-    try:
-        import jax2onnx
-    except ImportError as error:
-        raise ExportError(
-            f'ONNX needs the extra [onnx]: pip install -e ".[onnx]" ({error})'
-        ) from None
+    """Writes an ONNX file; needs jax2onnx."""
+    import jax2onnx
+
     images = images_of_any_number(size)
     logging.getLogger("onnx_ir.serde").setLevel(logging.ERROR)  # types that it does not need
     # Traced before jax2onnx patches functions of jax: its patches do not know a symbolic size.
@@ -123,14 +119,10 @@ def _used_names(graph: Any) -> set[str]:
 
 
 def write_saved_model(function: ExportFn, size: tuple[int, int], path: Path) -> None:
-    """Writes the folder of a TensorFlow SavedModel. Raises ExportError without TensorFlow."""
-    try:
-        import tensorflow as tf
-        from jax.experimental import jax2tf
-    except ImportError as error:
-        raise ExportError(
-            f"a SavedModel needs TensorFlow: pip install tensorflow ({error})"
-        ) from None
+    """Writes the folder of a TensorFlow SavedModel; needs TensorFlow."""
+    import tensorflow as tf
+    from jax.experimental import jax2tf
+
     height, width = size
     converted = jax2tf.convert(
         function,
@@ -148,6 +140,11 @@ def write_saved_model(function: ExportFn, size: tuple[int, int], path: Path) -> 
 
 
 FORMATS = {"onnx": write_onnx, "stablehlo": write_stablehlo, "saved_model": write_saved_model}
+# What a format needs beside the package.
+NEEDS = {
+    "onnx": 'ONNX needs the extra [onnx]: pip install -e ".[onnx]"',
+    "saved_model": "a SavedModel needs TensorFlow: pip install tensorflow",
+}
 
 
 def photographs_to_check(predictor: Predictor, photographs: list[str]) -> np.ndarray:
@@ -198,8 +195,11 @@ def export(predictor: Predictor, format_name: str, out: Path, photographs: list[
     path = out / exported_predict.LOADERS[format_name][0]
     with jax.default_matmul_precision("highest"):
         function = export_fn(predictor.folder)
-        with progress.waiting(f"converting to {format_name}", "usually under half a minute"):
-            FORMATS[format_name](function, predictor.image_size, path)
+        try:
+            with progress.waiting(f"converting to {format_name}", "usually under half a minute"):
+                FORMATS[format_name](function, predictor.image_size, path)
+        except ImportError as error:
+            raise ExportError(f"{NEEDS[format_name]} ({error})") from None
         exported = exported_predict.load_model(str(out), format_name)
         of_maps, of_scores = differences(function, exported, images)
     print(

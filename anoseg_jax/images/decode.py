@@ -323,11 +323,22 @@ def _has_class(values: np.ndarray, flat: np.ndarray) -> bool:
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes uint8 [h, w, 3] to `size` (height, width), bilinear and antialiased."""
+    """Resizes an image, uint8 [h, w, 3], or an anomaly map, float32 [h, w], to `size`.
+
+    `size` is (height, width); bilinear and antialiased.
+    """
     if image.shape[:2] == tuple(size):
         return image
     resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
     return np.asarray(resized)
+
+
+def resize_region(region: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes a region, bool [h, w], to `size` (height, width) and keeps even single pixels."""
+    if region.shape == tuple(size):
+        return region
+    shares = Image.fromarray(region.astype(np.float32)).resize(size[::-1], Image.Resampling.BOX)
+    return np.asarray(shares) > 0
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
