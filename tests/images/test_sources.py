@@ -44,7 +44,7 @@ def test_images_are_read_at_the_bit_depth_of_a_model(folder):
         image = input_pipeline.load_arrays(splits.test, (12, 16))["image"][0, ..., 0]
         scaled = np.round(photo(3) * 16.0 * (255 / (2**bit_depth - 1)))
         np.testing.assert_array_equal(image, scaled)
-    with pytest.raises(layout.ImageError, match=r"bit_depth=10 .* ends at 1023"):
+    with pytest.raises(layout.LayoutError, match=r"bit_depth=10 .* ends at 1023"):
         input_pipeline.load_arrays(splits.at_bit_depth(10).test, (12, 16))
 
 
