@@ -5,13 +5,11 @@ An export takes uint8 images [b, h, w, 3] of the model's size, b is free, and gi
 is computed in float32.
 """
 
-import importlib.metadata
 import importlib.resources
 import io
 import json
 import logging
 import os
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -24,14 +22,15 @@ from jax import Array
 from anoseg_jax import UsageError
 from anoseg_jax.deploy import exported_predict
 from anoseg_jax.deploy.predictor import Predictor
+from anoseg_jax.evaluation import METRICS
 from anoseg_jax.method import models, predict
-from anoseg_jax.running import checkpoint, progress
+from anoseg_jax.running import checkpoint, progress, versions
 from anoseg_jax.running.files import write_bytes, write_text
 
 MAX_DIFFERENCE = 1e-4
 MAX_CHECKED = 32  # images of the parity check
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow")
-METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "iou", "au_pro")
+
 ExportFn = Callable[[Array], tuple[Array, Array]]
 
 
@@ -225,7 +224,6 @@ def export(predictor: Predictor, format_name: str, out: Path, photographs: list[
 def describe(predictor: Predictor) -> dict[str, Any]:
     """Returns what is known of a model, as model.json has it."""
     config, metrics = predictor.model.config, {}
-    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
     if (predictor.folder / "results.json").exists():
         results = json.loads((predictor.folder / "results.json").read_text())["results"]
         metrics = {name: results.get(name) for name in METRICS}
@@ -250,5 +248,5 @@ def describe(predictor: Predictor) -> dict[str, Any]:
         "weights_sha256": predictor.model.weights_sha256,
         "steps": predictor.model.step,
         "metrics": metrics,
-        "versions": {"python": platform.python_version()} | packages,
+        "versions": versions.versions(PACKAGES),
     }

@@ -9,8 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from anoseg_jax.evaluation import baselines, metrics
-from anoseg_jax.evaluation.metrics import METRICS
+from anoseg_jax.evaluation import METRICS, baselines, metrics
 from anoseg_jax.evaluation.results import IMAGE_COLUMNS, Evaluation
 from anoseg_jax.images.decode import resize_image, resize_region
 from anoseg_jax.method import predict

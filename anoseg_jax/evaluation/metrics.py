@@ -19,8 +19,6 @@ from anoseg_jax.evaluation import pixel_tables
 
 GOOD = "good"  # the defect type of images without a defect (MVTec AD's folder name)
 
-# The metrics of the result tables, in the order of their columns; results.json has their means.
-METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "iou", "pixel_f1_max", "au_pro")
 PIXEL_METRICS = (
     "pixel_auroc",
     "pixel_ap",

@@ -27,7 +27,8 @@ import numpy as np
 from etils.epath import Path
 
 from anoseg_jax import UsageError
-from anoseg_jax.evaluation.metrics import METRICS, level_histograms
+from anoseg_jax.evaluation import METRICS
+from anoseg_jax.evaluation.metrics import level_histograms
 from anoseg_jax.running import versions
 from anoseg_jax.running.files import write_bytes, write_text
 
@@ -285,9 +286,9 @@ def read_seeds(workdir: str | Path) -> dict[str, dict[str, Any]]:
     return {seed: read_results(seed_folder(workdir, seed)) for seed in seeds or [""]}
 
 
-def seed_folder(workdir: str | Path, seed: str) -> Path:
-    """Returns the workdir of a seed of `read_seeds`."""
-    return Path(workdir) / f"seed_{seed}" if seed else Path(workdir)
+def seed_folder(workdir: str | Path, seed: str | int | None) -> Path:
+    """Returns the workdir of a seed; "" and None stand for a run without seeds."""
+    return Path(workdir) if seed in ("", None) else Path(workdir) / f"seed_{seed}"
 
 
 def read_optional(path: Path, parse: Callable[[Path], Any]) -> tuple[Any, str]:

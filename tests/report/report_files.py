@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 
-from anoseg_jax.evaluation.metrics import METRICS
+from anoseg_jax.evaluation import METRICS
 from anoseg_jax.evaluation.results import mean_of
 
 NUT, WEAVE = "nüt <b>#1 %20", "weave"

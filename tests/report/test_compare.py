@@ -10,8 +10,7 @@ import pytest
 from drawings import draw_squares
 from result_files import write_results
 
-from anoseg_jax.evaluation import evaluate, intervals, metrics, pixel_tables
-from anoseg_jax.evaluation.metrics import METRICS
+from anoseg_jax.evaluation import METRICS, evaluate, intervals, metrics, pixel_tables
 from anoseg_jax.evaluation.results import (
     Evaluation,
     ResultsError,
