@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from etils.epath import Path
 from PIL import Image
@@ -215,46 +215,27 @@ def predict(
     total = None if follow else len(paths)
     with table_path.open("a" if known else "w") as table, interruptible() as is_stopped:
         to_read = itertools.takewhile(lambda _: not is_stopped(), source)
-        writer = Writer(out, photographs, predictor.reading, summary, maps)
-        made = rows(predictor, to_read, writer, summary)
-        _write_rows(
-            made,
-            table,
-            has_header=bool(known),
-            on_progress=lambda: print(summary.line(total), file=sys.stderr, flush=True),
-            on_pause=lambda: write_page(out / "report.html", predictor, summary),
-        )
+        write_files = Writer(out, photographs, predictor.reading, summary, maps)
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        if not known:
+            writer.writeheader()
+        last_line, is_new = time.monotonic(), False
+        for row in rows(predictor, to_read, write_files, summary):
+            if row is None:  # a pause: the page may take its time
+                if is_new:
+                    write_page(out / "report.html", predictor, summary)
+                is_new = False
+                continue
+            writer.writerow(row)
+            table.flush()  # what is done survives whatever happens
+            is_new = True
+            if time.monotonic() - last_line > REPORT_SECONDS:
+                print(summary.line(total), file=sys.stderr, flush=True)
+                last_line = time.monotonic()
     write_page(out / "report.html", predictor, summary)
     print(f"{summary.line(total)}\n{table_path}; the same with pictures: report.html beside it")
     is_complete = follow or sum(summary.counts.values()) == total
     return is_complete and not summary.counts[UNREADABLE]
-
-
-def _write_rows(
-    made: Iterable[dict[str, Any] | None],
-    table: TextIO,
-    *,
-    has_header: bool,
-    on_progress: Callable[[], None],
-    on_pause: Callable[[], None],
-) -> None:
-    """Writes rows as they come; says so every few seconds, and writes the page in pauses."""
-    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-    if not has_header:
-        writer.writeheader()
-    last_line, is_new = time.monotonic(), False
-    for row in made:
-        if row is None:
-            if is_new:
-                on_pause()
-            is_new = False
-            continue
-        writer.writerow(row)
-        table.flush()  # what is done survives whatever happens
-        is_new = True
-        if time.monotonic() - last_line > REPORT_SECONDS:
-            on_progress()
-            last_line = time.monotonic()
 
 
 @contextlib.contextmanager
