@@ -279,8 +279,7 @@ def read_finished(folders: Mapping[Any, Path]) -> dict[Any, dict[str, Any]]:
 def read_seeds(workdir: str | Path) -> dict[str, dict[str, Any]]:
     """Reads results.json of each `seed_<s>` in a workdir, or else of the workdir as seed ""."""
     workdir = Path(workdir)
-    children = workdir.iterdir() if workdir.is_dir() else ()
-    seeds = [path.name[5:] for path in children if path.name.startswith("seed_") and path.is_dir()]
+    seeds = [path.name[5:] for path in workdir.glob("seed_*") if path.is_dir()]
     # By number, then by name.
     seeds.sort(key=lambda s: (not s.isdigit(), int(s) if s.isdigit() else 0, s))
     return {seed: read_results(seed_folder(workdir, seed)) for seed in seeds or [""]}
