@@ -79,30 +79,19 @@ def _check_data(*, training: bool) -> tuple[Callable[[], dict], Sequence[str]]:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the process without a traceback
     config, read = FLAGS.config, layout.ReadOptions.of(FLAGS.config)
     options.check(config, training=training)
-    of_folder = config.dataset == "folder"
-    if of_folder:
-        categories = sources.check_folders(
-            config.data_dir, config.categories, read, training=training
-        )
-        names = [category.name for category in categories]
-    else:
-        names = sources.check_names(config.dataset, config.categories)
+    names, open_splits = sources.check(
+        config.dataset,
+        config.categories,
+        data_dir=config.data_dir,
+        tfds_dir=config.tfds_dir,
+        read=read,
+        image_size=tuple(config.image_size),
+        training=training,
+    )
     options.check_run(config, names, training=training)
     if training:
         options.check_resume(config, names, Path(FLAGS.workdir))
     files.require_writable(Path(FLAGS.workdir), "--workdir")
-
-    def open_splits() -> dict:
-        if of_folder:
-            return sources.open_categories(
-                categories,
-                max_megapixels=config.max_megapixels,
-                image_size=tuple(config.image_size),
-            )
-        return sources.open_prepared(
-            config.dataset, tuple(names), data_dir=config.data_dir, tfds_dir=config.tfds_dir
-        )
-
     return open_splits, names
 
 

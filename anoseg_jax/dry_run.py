@@ -101,21 +101,24 @@ class Step(NamedTuple):
 
     Attributes:
       name: of the network that is trained.
-      parallel_step: the step on all devices, as training runs it.
-      step_of_one: the same on one device, its examples in one part.
+      step: train.train_step or detector.train_step.
+      static: its static options.
       state: of the step.
-      params: the parameters of both players: the gradients have their shapes.
       key: the PRNG key.
       options: the arrays of `split_options`.
     """
 
     name: str
-    parallel_step: Callable
-    step_of_one: Callable
+    step: Callable
+    static: Any
     state: Any
-    params: tuple[Any, Any]
     key: jax.Array
     options: dict[str, Any]
+
+    @property
+    def params(self) -> list[Any]:
+        """The parameters of both players: the gradients have their shapes."""
+        return [getattr(self.state, player) for player in self.state.PLAYERS]
 
 
 def training_steps(config: ConfigDict) -> list[Step]:
@@ -123,30 +126,13 @@ def training_steps(config: ConfigDict) -> list[Step]:
     static, arrays = train_state.split_options(config)
     state = train_state.template(config)
     _, key = train_state.seed_keys(config.seed)
-    of_one = partial(train.train_step, static=static._replace(accumulate=1), axis_name=None)
-    params = state.generator, state.discriminator
-    steps = [
-        Step(
-            "generator",
-            loop.parallelize(train.train_step, static),
-            of_one,
-            state,
-            params,
-            key,
-            arrays,
-        )
-    ]
+    steps = [Step("generator", train.train_step, static, state, key, arrays)]
     if config.detector.enabled:
         variables = {"params": state.ema, "memory_bank": state.memory_bank}
         static, arrays = detector.split_options(config)
         state = detector.template(config)
         _, key = detector.seed_keys(config.seed)
-        of_one = partial(detector.train_step, static=static._replace(accumulate=1), axis_name=None)
-        parallel_step = loop.parallelize(detector.train_step, static)
-        params = state.detector, state.discriminator
-        steps.append(
-            Step("detector", parallel_step, of_one, state, params, key, arrays | variables)
-        )
+        steps.append(Step("detector", detector.train_step, static, state, key, arrays | variables))
     return steps
 
 
@@ -162,7 +148,8 @@ def compile_step(step: Step, config: ConfigDict) -> Any:
     """Returns the step on all devices, compiled as training compiles it."""
     devices, image_size = jax.local_device_count(), tuple(config.image_size)
     batch = batch_shapes(devices, config.batch_size // devices, image_size=image_size)
-    return step.parallel_step.lower(step.state, batch, step.key, step.options).compile()
+    on_all = loop.parallelize(step.step, step.static)
+    return on_all.lower(step.state, batch, step.key, step.options).compile()
 
 
 def analyze(step: Step, config: ConfigDict) -> dict[str, Any]:
@@ -181,14 +168,15 @@ def analyze(step: Step, config: ConfigDict) -> dict[str, Any]:
     # XLA counts what is in a loop once: in the step of one image no loop is run twice.
     batch = batch_shapes(1, image_size=tuple(config.image_size))
     inputs = (step.state, batch, step.key, step.options)
-    _, metrics = jax.eval_shape(step.step_of_one, *inputs)
+    of_one = partial(step.step, static=step.static._replace(accumulate=1), axis_name=None)
+    _, metrics = jax.eval_shape(of_one, *inputs)
     # The losses and what comes with them; the other gradient norms are of averaged gradients.
     averaged = ("loss_", "gradient_norm_adversarial")
     losses = [metrics[name] for name in metrics if name.startswith(averaged)]
     several = jax.local_device_count() > 1
     return sizes | {
         "memory": sum(sizes.values()) - memory.alias_size_in_bytes,
-        "flops": config.batch_size * models.count_flops(step.step_of_one, *inputs),
+        "flops": config.batch_size * models.count_flops(of_one, *inputs),
         "all_reduced": several * size_of((step.params, losses)),
     }
 

@@ -29,10 +29,11 @@ from anoseg_jax.running.checkpoint import Saved
 Splits = Any  # data.sources.Splits
 
 
-def load_train_images(train_split: Any, image_size: tuple[int, int]) -> np.ndarray:
-    """Returns all good images, uint8 [n, h, w, 3], sorted by name: TFDS has an order of its own."""
-    arrays = input_pipeline.load_arrays(train_split, image_size)
-    return arrays["image"][np.argsort(arrays["name"], kind="stable")]
+def load_good(split: Any, image_size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Returns a split of good images, sorted by name: TFDS has an order of its own."""
+    arrays = input_pipeline.load_arrays(split, image_size)
+    order = np.argsort(arrays["name"], kind="stable")
+    return {name: values[order] for name, values in arrays.items()}
 
 
 def fit(
@@ -62,14 +63,10 @@ def stoppable(test: Iterable[evaluate.Batch], where: str) -> Iterator[evaluate.B
         yield batch
 
 
-def trained_on(images: np.ndarray, options: Mapping[str, Any], splits: Splits) -> np.ndarray:
-    """Returns those of the good images that a model with these options is trained on."""
-    if splits.validation is not None:
-        return images
-    kept, _ = batches.hold_out(
-        batches.assign_image_ids(images), fraction=options["held_out"], seed=options["seed"]
-    )
-    return images[kept]
+def hold_out(images: np.ndarray, options: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the positions of images to train on and of held-out ones, with these options."""
+    ids = batches.assign_image_ids(images)
+    return batches.hold_out(ids, fraction=options["held_out"], seed=options["seed"])
 
 
 def load_held_out(splits: Splits, model: TrainedModel) -> dict[str, np.ndarray]:
@@ -77,20 +74,15 @@ def load_held_out(splits: Splits, model: TrainedModel) -> dict[str, np.ndarray]:
 
     None of them if the images of `splits` are not those that the model was trained on.
     """
-    options, validation = model.config, None
-    arrays = input_pipeline.load_arrays(splits.train, model.image_size)
-    chosen = np.argsort(arrays["name"], kind="stable")
-    images = arrays["image"][chosen]
+    arrays, validation = load_good(splits.train, model.image_size), None
+    images, chosen = arrays["image"], slice(None)
     if splits.validation is not None:
-        arrays = input_pipeline.load_arrays(splits.validation, model.image_size)
-        chosen = np.argsort(arrays["name"], kind="stable")
-        validation = arrays["image"][chosen]
+        arrays = load_good(splits.validation, model.image_size)
+        validation = arrays["image"]
     elif len(images):
-        ids = batches.assign_image_ids(images)
-        _, held_out = batches.hold_out(ids, fraction=options["held_out"], seed=options["seed"])
-        chosen = chosen[held_out]
+        _, chosen = hold_out(images, model.config)
     if train.images_sha256(images, validation) != model.record["images_sha256"]:
-        chosen = chosen[:0]
+        chosen = slice(0)
     return {name: values[chosen] for name, values in arrays.items()}
 
 
@@ -130,9 +122,9 @@ def run_category(
         )
     model, model_detector = folder, config.detector.enabled
     if training:
-        images, validation = load_train_images(splits.train, config.image_size), None
+        images, validation = load_good(splits.train, config.image_size)["image"], None
         if splits.validation is not None:
-            validation = load_train_images(splits.validation, config.image_size)
+            validation = load_good(splits.validation, config.image_size)["image"]
         model, model_detector = fit(config, folder, images, validation)
 
     # What the maps come from. A model's options are those that it was trained with.
@@ -158,7 +150,7 @@ def run_category(
     native = {}
     if settings.native_size:
         native["native_masks"] = input_pipeline.load_masks(splits.test)
-        native["native_ignored"] = input_pipeline.load_ignore_masks(splits.test)
+        native["native_ignored"] = input_pipeline.load_masks(splits.test, "ignore")
     how = native | {
         "pixel_threshold": settings.pixel_threshold,
         "image_threshold": settings.image_threshold,
@@ -185,12 +177,11 @@ def run_category(
     has_baselines = settings.baselines and test and int(splits.train.cardinality())
     if has_baselines and distributed.is_main_process():
         if images is None or tuple(config.image_size) != image_size:
-            images = load_train_images(splits.train, image_size)
+            images = load_good(splits.train, image_size)["image"]
+        if splits.validation is None:  # else the model was trained on all of them
+            images = images[hold_out(images, trained_with)[0]]
         evaluation.results["baselines"] = evaluate.evaluate_baselines(
-            trained_on(images, trained_with, splits),
-            test,
-            top_fraction=settings.top_fraction,
-            **native,
+            images, test, top_fraction=settings.top_fraction, **native
         )
     return evaluation, arrays
 
@@ -200,7 +191,7 @@ def export_replay(config: ConfigDict, workdir: Path, splits: Mapping[str, Splits
     options.use_compilation_cache(config.compilation_cache)
     for name, of_category in splits.items():
         category_config = options.of_category(config, name)
-        images = load_train_images(of_category.train, category_config.image_size)
+        images = load_good(of_category.train, category_config.image_size)["image"]
         folder = workdir / name / "replay"
         replay.export(category_config, images, folder)
         print(f"{name}: {category_config.num_steps} steps in {folder}")

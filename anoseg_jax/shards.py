@@ -40,8 +40,7 @@ def units_of(plan: Mapping[str, Any], shard: tuple[int, int] = (0, 1)) -> list[U
 
 def folder_of(workdir: Path, variant: str = "", seed: int | None = None) -> Path:
     """Returns the folder that holds the category folders of a variant and seed."""
-    folder = workdir / variant if variant else workdir
-    return folder if seed is None else folder / f"seed_{seed}"
+    return results.seed_folder(workdir / variant if variant else workdir, seed)
 
 
 def write_plan(workdir: Path, plan: Mapping[str, Any], shard: tuple[int, int]) -> None:
@@ -54,12 +53,7 @@ def write_plan(workdir: Path, plan: Mapping[str, Any], shard: tuple[int, int]) -
 
 def write_mean(workdir: Path, plan: Mapping[str, Any], variant: str) -> bool:
     """Writes results.json and .md of the mean over those seeds that have one; False without any."""
-    folders = {seed: folder_of(workdir, variant, seed) for seed in plan["seeds"]}
-    by_seed = {
-        seed: results.read_results(folder)
-        for seed, folder in folders.items()
-        if (folder / "results.json").exists()
-    }
+    by_seed = results.read_finished({s: folder_of(workdir, variant, s) for s in plan["seeds"]})
     if by_seed:
         results.write_everything(folder_of(workdir, variant), results.mean_over_seeds(by_seed))
     return bool(by_seed)

@@ -1,7 +1,17 @@
 """What the TFDS builders of this folder have in common: the features of an example."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import tensorflow_datasets as tfds
+
+
+def configs(categories: Iterable[str]) -> list[tfds.core.BuilderConfig]:
+    """Returns one builder config a category."""
+    return [
+        tfds.core.BuilderConfig(name=name, description=f"The category {name}.")
+        for name in categories
+    ]
 
 
 def features() -> tfds.features.FeaturesDict:

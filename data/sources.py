@@ -62,38 +62,60 @@ def _open_category(category: layout.Category, max_megapixels: float, bit_depth: 
     )
 
 
-def check_folders(
-    data_dir: str,
-    names: tuple[str, ...],
-    read: layout.ReadOptions | None = None,
+def check(
+    dataset: str,
+    names: Sequence[str],
     *,
+    data_dir: str,
+    tfds_dir: str = "",
+    read: layout.ReadOptions | None = None,
+    image_size: tuple[int, int] | None = None,
     training: bool = True,
-) -> list[layout.Category]:
-    """Opens and decodes every file of the category folders; returns what they hold.
+) -> tuple[list[str], Callable[[], dict[str, Splits]]]:
+    """Checks a data set; returns its categories, and a function that opens the splits of each.
+
+    The files of folders are all opened and decoded. The function prints warnings about them, also
+    of images that `image_size` squeezes, and of defects that it makes too small. It prepares the
+    data set of a builder that is not prepared yet.
 
     Args:
-      data_dir: holds the category folders.
-      names: of the categories, or ("all",).
+      dataset: "folder" for category folders, else a folder of this package with a TFDS builder.
+      names: categories, or ("all",).
+      data_dir: holds the category folders; TFDS's manual folder, for builders that need one.
+      tfds_dir: where TFDS keeps what it prepares; "" is its default.
       read: how folders and files are read.
+      image_size: height and width that images are resized to.
       training: a category without images to train on cannot be used.
 
     Raises LayoutError naming every file and folder that cannot be used. Imports no TensorFlow.
     """
-    categories = layout.scan_categories(data_dir, names, read or layout.ReadOptions())
-    layout.require_usable(categories, training=training)
-    return categories
+    if dataset == "folder":
+        read = read or layout.ReadOptions()
+        categories = layout.scan_categories(data_dir, names, read)
+        layout.require_usable(categories, training=training)
+        open_all = functools.partial(_open_folders, categories, read.max_megapixels, image_size)
+        return [category.name for category in categories], open_all
+    known = importlib.import_module(f"data.{dataset}").CATEGORIES
+    names = list(known if tuple(names) == ("all",) else names)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise layout.LayoutError(
+            f"{dataset}: no category {', '.join(unknown)}; it has {', '.join(known)}"
+        )
+    return names, functools.partial(_open_prepared, dataset, names, data_dir, tfds_dir)
 
 
-def open_categories(
+def open_splits(*arguments: Any, **options: Any) -> dict[str, Splits]:
+    """Returns the splits of each category of a data set; for the arguments see `check`."""
+    _, open_all = check(*arguments, **options)
+    return open_all()
+
+
+def _open_folders(
     categories: Sequence[layout.Category],
-    *,
     max_megapixels: float,
-    image_size: tuple[int, int] | None = None,
+    image_size: tuple[int, int] | None,
 ) -> dict[str, Splits]:
-    """Returns the splits of categories that were checked, and prints the warnings about them.
-
-    Also of images that `image_size` squeezes, and of defects that it makes too small.
-    """
     for category in categories:
         sizes = layout.size_warnings(category, image_size) if image_size else []
         for warning in (*category.warnings, *sizes):
@@ -104,49 +126,10 @@ def open_categories(
     }
 
 
-def open_folders(
-    data_dir: str,
-    names: tuple[str, ...],
-    read: layout.ReadOptions | None = None,
-    *,
-    image_size: tuple[int, int] | None = None,
-    training: bool = True,
+def _open_prepared(
+    dataset: str, names: Sequence[str], data_dir: str, tfds_dir: str
 ) -> dict[str, Splits]:
-    """Returns the splits of category folders; see `check_folders` and `open_categories`."""
-    read = read or layout.ReadOptions()
-    categories = check_folders(data_dir, names, read, training=training)
-    return open_categories(categories, max_megapixels=read.max_megapixels, image_size=image_size)
-
-
-def check_names(dataset: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the categories of a TFDS builder of this package that `names` stands for.
-
-    Raises LayoutError if one of them does not exist. Imports no TensorFlow.
-    """
-    known = tuple(importlib.import_module(f"data.{dataset}").CATEGORIES)
-    unknown = [name for name in names if name not in known and names != ("all",)]
-    if unknown:
-        raise layout.LayoutError(
-            f"{dataset}: no category {', '.join(unknown)}; it has {', '.join(known)}"
-        )
-    return known if names == ("all",) else names
-
-
-def open_prepared(
-    dataset: str, names: tuple[str, ...], *, data_dir: str, tfds_dir: str
-) -> dict[str, Splits]:
-    """Returns the splits of each builder config, prepared if they are not yet.
-
-    Args:
-      dataset: a folder of this package with a TFDS builder.
-      names: builder configs, or ("all",).
-      data_dir: TFDS's manual folder, for builders that need one.
-      tfds_dir: where TFDS keeps what it prepares; "" is its default.
-
-    Raises:
-      LayoutError: there is no such builder config, or its files cannot be used.
-    """
-    names = check_names(dataset, names)
+    """Raises LayoutError if a builder's files are missing or cannot be used."""
     import tensorflow_datasets as tfds
 
     module = importlib.import_module(f"data.{dataset}.{dataset}_dataset_builder")
@@ -170,22 +153,3 @@ def open_prepared(
             builder.as_dataset("train"), builder.as_dataset("test"), bit_depth=bit_depth
         )
     return splits
-
-
-def open_splits(
-    dataset: str,
-    names: tuple[str, ...],
-    *,
-    data_dir: str,
-    tfds_dir: str,
-    read: layout.ReadOptions | None = None,
-    image_size: tuple[int, int] | None = None,
-    training: bool = True,
-) -> dict[str, Splits]:
-    """Returns the splits of each category: "folder" for folders, else the name of a builder.
-
-    `read`, `image_size` and `training` are for folders, see `open_folders`.
-    """
-    if dataset == "folder":
-        return open_folders(data_dir, names, read, image_size=image_size, training=training)
-    return open_prepared(dataset, names, data_dir=data_dir, tfds_dir=tfds_dir)

@@ -38,3 +38,12 @@ def draw_category(root):
         save(photo(20 + i), root / f"test/scratch/{i:03}.png")
         save_mask(disc(i), root / f"ground_truth/scratch/{i:03}_mask.png")
     return root
+
+
+def draw_squares(rng, masks, side):
+    """Draws two rectangles with sides below `side` into each of the masks, bool [n, h, w]."""
+    _, height, width = masks.shape
+    for mask in masks:
+        for _ in range(2):
+            y, x = rng.integers(0, height - side), rng.integers(0, width - side)
+            mask[y : y + rng.integers(1, side), x : x + rng.integers(1, side)] = True

@@ -71,8 +71,8 @@ def read_table(out):
 def test_images_are_those_of_a_run(kind, folder, npz):
     config = options.normalize(accelerator.parse_options([CONFIG]))
     images = category_arrays.read({"folder": folder, "npz": npz}[kind], config)
-    splits = sources.open_folders(
-        str(folder.parent), ("part",), layout.ReadOptions.of(config), training=True
+    splits = sources.open_splits(
+        "folder", ("part",), data_dir=folder.parent, read=layout.ReadOptions.of(config)
     )["part"]
     train_arrays = input_pipeline.load_arrays(splits.train, config.image_size)
     np.testing.assert_array_equal(images.train, train_arrays["image"])

@@ -214,9 +214,7 @@ def break_the_program(train, *arguments, **options):
 def test_a_category_that_breaks_costs_one_line_and_no_other_category(
     three_categories, tmp_path, monkeypatch, capsys, fault
 ):
-    splits = sources.open_splits(
-        "folder", ("all",), data_dir=three_categories.data_dir, tfds_dir=""
-    )
+    splits = sources.open_splits("folder", ("all",), data_dir=three_categories.data_dir)
     if fault == "unreadable":  # after the check: a network drive is gone
         (tmp_path / "data" / "nut" / "test" / "hole" / "1.png").unlink()
     elif fault == "disk_full":

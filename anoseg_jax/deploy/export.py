@@ -5,13 +5,11 @@ An export takes uint8 images [b, h, w, 3] of the model's size, b is free, and gi
 is computed in float32.
 """
 
-import importlib.metadata
 import importlib.resources
 import io
 import json
 import logging
 import os
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -24,14 +22,15 @@ from jax import Array
 from anoseg_jax import UsageError
 from anoseg_jax.deploy import exported_predict
 from anoseg_jax.deploy.predictor import Predictor
+from anoseg_jax.evaluation import METRICS
 from anoseg_jax.method import models, predict
-from anoseg_jax.running import checkpoint, progress
+from anoseg_jax.running import checkpoint, progress, versions
 from anoseg_jax.running.files import write_bytes, write_text
 
 MAX_DIFFERENCE = 1e-4
 MAX_CHECKED = 32  # images of the parity check
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow")
-METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "iou", "au_pro")
+
 ExportFn = Callable[[Array], tuple[Array, Array]]
 
 
@@ -81,13 +80,9 @@ def write_stablehlo(function: ExportFn, size: tuple[int, int], path: Path) -> No
 
 
 def write_onnx(function: ExportFn, size: tuple[int, int], path: Path) -> None:
-    """Writes an ONNX file. Raises ExportError if jax2onnx is not installed."""
-    try:
-        import jax2onnx
-    except ImportError as error:
-        raise ExportError(
-            f'ONNX needs the extra [onnx]: pip install -e ".[onnx]" ({error})'
-        ) from None
+    """Writes an ONNX file; needs jax2onnx."""
+    import jax2onnx
+
     images = images_of_any_number(size)
     logging.getLogger("onnx_ir.serde").setLevel(logging.ERROR)  # types that it does not need
     # Traced before jax2onnx patches functions of jax: its patches do not know a symbolic size.
@@ -123,14 +118,10 @@ def _used_names(graph: Any) -> set[str]:
 
 
 def write_saved_model(function: ExportFn, size: tuple[int, int], path: Path) -> None:
-    """Writes the folder of a TensorFlow SavedModel. Raises ExportError without TensorFlow."""
-    try:
-        import tensorflow as tf
-        from jax.experimental import jax2tf
-    except ImportError as error:
-        raise ExportError(
-            f"a SavedModel needs TensorFlow: pip install tensorflow ({error})"
-        ) from None
+    """Writes the folder of a TensorFlow SavedModel; needs TensorFlow."""
+    import tensorflow as tf
+    from jax.experimental import jax2tf
+
     height, width = size
     converted = jax2tf.convert(
         function,
@@ -148,6 +139,11 @@ def write_saved_model(function: ExportFn, size: tuple[int, int], path: Path) -> 
 
 
 FORMATS = {"onnx": write_onnx, "stablehlo": write_stablehlo, "saved_model": write_saved_model}
+# What a format needs beside the package.
+NEEDS = {
+    "onnx": 'ONNX needs the extra [onnx]: pip install -e ".[onnx]"',
+    "saved_model": "a SavedModel needs TensorFlow: pip install tensorflow",
+}
 
 
 def photographs_to_check(predictor: Predictor, photographs: list[str]) -> np.ndarray:
@@ -198,8 +194,11 @@ def export(predictor: Predictor, format_name: str, out: Path, photographs: list[
     path = out / exported_predict.LOADERS[format_name][0]
     with jax.default_matmul_precision("highest"):
         function = export_fn(predictor.folder)
-        with progress.waiting(f"converting to {format_name}", "usually under half a minute"):
-            FORMATS[format_name](function, predictor.image_size, path)
+        try:
+            with progress.waiting(f"converting to {format_name}", "usually under half a minute"):
+                FORMATS[format_name](function, predictor.image_size, path)
+        except ImportError as error:
+            raise ExportError(f"{NEEDS[format_name]} ({error})") from None
         exported = exported_predict.load_model(str(out), format_name)
         of_maps, of_scores = differences(function, exported, images)
     print(
@@ -225,7 +224,6 @@ def export(predictor: Predictor, format_name: str, out: Path, photographs: list[
 def describe(predictor: Predictor) -> dict[str, Any]:
     """Returns what is known of a model, as model.json has it."""
     config, metrics = predictor.model.config, {}
-    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
     if (predictor.folder / "results.json").exists():
         results = json.loads((predictor.folder / "results.json").read_text())["results"]
         metrics = {name: results.get(name) for name in METRICS}
@@ -250,5 +248,5 @@ def describe(predictor: Predictor) -> dict[str, Any]:
         "weights_sha256": predictor.model.weights_sha256,
         "steps": predictor.model.step,
         "metrics": metrics,
-        "versions": {"python": platform.python_version()} | packages,
+        "versions": versions.versions(PACKAGES),
     }

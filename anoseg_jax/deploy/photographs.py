@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from etils import epath
 
 from anoseg_jax import UsageError
-from anoseg_jax.images.folders import IMAGE_SUFFIXES, SIDE_SUFFIXES, entries, identity, is_image
+from anoseg_jax.images.folders import IMAGE_SUFFIXES, SIDE_SUFFIXES, identity, is_image, walk
 
 POLL_SECONDS = 1.0
 
@@ -57,25 +57,15 @@ class Photographs:
             fixed, pattern = _split_pattern(path)
             is_pattern = fixed != path and not path.exists()
             for match in sorted(fixed.glob(pattern)) if is_pattern else [path]:
-                inside = self._walk(match) if match.is_dir() else [match]
-                paths.update(dict.fromkeys(map(os.fspath, inside)))
+                if not match.is_dir():
+                    paths[os.fspath(match)] = None
+                    continue
+                for inside in walk(match, self.exclude)[0]:
+                    if is_image(inside):
+                        paths[os.fspath(inside)] = None
+                    elif inside.suffix.lower() not in SIDE_SUFFIXES:
+                        self.skipped.append(inside)
         return list(paths)
-
-    def _walk(self, folder: epath.Path) -> Iterator[epath.Path]:
-        waiting, listed = [folder], set()
-        while waiting:
-            current = waiting.pop()
-            here = identity(current)
-            if here in listed or here == self.exclude:  # links may lead round in circles
-                continue
-            listed.add(here)
-            folders, files = entries(current)
-            for path in files:
-                if is_image(path):
-                    yield path
-                elif path.suffix.lower() not in SIDE_SUFFIXES:
-                    self.skipped.append(path)
-            waiting += reversed(folders)
 
     def watch(self, skip: set[str]) -> Iterator[str | None]:
         """Yields images as they arrive, without end; None when nothing is new at the moment.
@@ -90,7 +80,7 @@ class Photographs:
         before: dict[str, tuple[int, int] | None] = {}
         while True:
             # Programs that copy give a file its suffix at the end.
-            images = [path for path in self.list() if _suffix(path) in IMAGE_SUFFIXES]
+            images = [p for p in self.list() if epath.Path(p).suffix.lower() in IMAGE_SUFFIXES]
             now = {path: _size_and_time(path) for path in images}
             for path, stat in now.items():
                 if stat is not None and before.get(path) == stat != done.get(path):
@@ -119,7 +109,3 @@ def _size_and_time(path: str) -> tuple[int, int] | None:
     except OSError:  # removed in the meantime
         return None
     return stat.st_size, stat.st_mtime_ns
-
-
-def _suffix(path: str) -> str:
-    return os.path.splitext(path)[1].lower()

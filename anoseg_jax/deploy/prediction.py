@@ -5,9 +5,11 @@ import functools
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 
+from anoseg_jax.images.decode import resize_image
+
+MAX_REGIONS = 20  # in a row of predictions.csv and in an answer of the server
 DEFECTIVE, GOOD, UNREADABLE = "defective", "good", "unreadable"
 
 
@@ -34,21 +36,6 @@ class Thresholds(NamedTuple):
 
     image: float | None
     pixel: float | None
-
-
-def normalize_score(score: float, threshold: float | None) -> float | None:
-    """Returns score / (score + threshold): from 0 to 1, and 0.5 at the threshold of any model.
-
-    None without a threshold above 0.
-    """
-    return score / (score + threshold) if threshold is not None and threshold > 0 else None
-
-
-def resize_map(anomaly_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes a map, float32 [h, w], to `size` (height, width), bilinear and antialiased."""
-    if anomaly_map.shape == tuple(size):
-        return anomaly_map
-    return np.asarray(Image.fromarray(anomaly_map).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 def find_regions(mask: np.ndarray) -> list[Region]:
@@ -89,8 +76,9 @@ class Prediction:
 
     @property
     def normalized_score(self) -> float | None:
-        """The score from 0 to 1, 0.5 at the threshold; None without an image threshold."""
-        return normalize_score(self.score, self.thresholds.image)
+        """score / (score + threshold), from 0 to 1; None without an image threshold above 0."""
+        threshold = self.thresholds.image
+        return self.score / (self.score + threshold) if (threshold or 0) > 0 else None
 
     @property
     def is_defective(self) -> bool | None:
@@ -105,7 +93,7 @@ class Prediction:
     @property
     def anomaly_map(self) -> np.ndarray:
         """The anomaly map at the photograph's size, float32 [h, w] in [0, 1]; made at each use."""
-        return resize_map(self.model_map, self.size)
+        return resize_image(self.model_map, self.size)
 
     @property
     def mask(self) -> np.ndarray | None:
@@ -121,6 +109,11 @@ class Prediction:
         """The connected regions of `mask`, the largest first; none without a pixel threshold."""
         mask = self.mask
         return [] if mask is None or not mask.any() else find_regions(mask)
+
+    @property
+    def largest_regions(self) -> list[dict[str, Any]]:
+        """The largest MAX_REGIONS regions as JSON can hold them: area, and box [x, y, w, h]."""
+        return [{"area": r.area, "box": list(r[1:])} for r in self.regions[:MAX_REGIONS]]
 
     def plot(self) -> Any:
         """Returns a matplotlib figure: photograph, anomaly map, and the edges of the mask."""

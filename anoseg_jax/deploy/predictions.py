@@ -14,9 +14,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
-import numpy as np
 from etils.epath import Path
 from PIL import Image
 
@@ -26,14 +25,14 @@ from anoseg_jax.deploy.prediction import UNREADABLE, Prediction, Unreadable
 from anoseg_jax.deploy.predictions_page import MAX_REASONS, Card, Summary, draw_panels, write_page
 from anoseg_jax.deploy.predictor import Predictor, Reading, decode
 from anoseg_jax.images import drawing
-from anoseg_jax.images.decode import LayoutError, printable
+from anoseg_jax.images.decode import LayoutError, printable, resize_image
 from anoseg_jax.images.folders import names_of
 
 COLUMNS = (
     *("file", "score", "normalized_score", "threshold", "verdict"),
     *("num_regions", "regions", "seconds", "error"),
 )
-MAX_REGIONS = 20  # in a row of predictions.csv: the largest
+
 MAX_NAME = 200  # bytes of a file name; most file systems take 255, and a suffix is added
 HUGE = 20_000_000  # pixels: such photographs are drawn one at a time
 REPORT_SECONDS = 10.0  # between two lines of progress, and two pages when following
@@ -62,7 +61,6 @@ class Writer:
         began = time.monotonic()
         is_huge = prediction.size[0] * prediction.size[1] > HUGE
         with self._one_huge if is_huge else contextlib.nullcontext():
-            regions = prediction.regions
             card = self._draw(index, prediction)
         row = {
             "file": printable(prediction.name),
@@ -70,13 +68,8 @@ class Writer:
             "normalized_score": _number(prediction.normalized_score),
             "threshold": _number(prediction.thresholds.image),
             "verdict": prediction.verdict,
-            "num_regions": len(regions),
-            "regions": json.dumps(
-                [
-                    {"area": region.area, "box": [region.x, region.y, region.width, region.height]}
-                    for region in regions[:MAX_REGIONS]
-                ]
-            ),
+            "num_regions": len(prediction.regions),
+            "regions": json.dumps(prediction.largest_regions),
             "seconds": f"{prediction.seconds + time.monotonic() - began:.4f}",
         }
         return Drawn(row, card)
@@ -89,8 +82,8 @@ class Writer:
             for path in (map_path, overlay_path):
                 path.parent.mkdir(parents=True, exist_ok=True)
             map_path.write_bytes(drawing.encode_map(prediction.anomaly_map))
-            overlay = drawing.draw_overlay(self._read(prediction), prediction.mask)
-            overlay_path.write_bytes(drawing.encode_jpeg(overlay))
+            overlay = drawing.outline(self._read(prediction), prediction.mask)
+            overlay_path.write_bytes(drawing.encode_jpeg(overlay, quality=85))
         else:  # of an earlier call with other thresholds
             map_path.unlink(missing_ok=True)
             overlay_path.unlink(missing_ok=True)
@@ -106,16 +99,12 @@ class Writer:
             draw_panels(prediction),
         )
 
-    def _read(self, prediction: Prediction) -> np.ndarray:
+    def _read(self, prediction: Prediction) -> Image.Image:
         """Reads the photograph again: to keep all that wait for their turn would take memory."""
-        try:
+        image = prediction.image
+        with contextlib.suppress(LayoutError):  # removed or rewritten in the meantime
             image = decode(prediction.name, self._reading)
-        except LayoutError:  # removed or rewritten in the meantime
-            image = None
-        if image is None or image.shape[:2] != prediction.size:
-            size = prediction.size[::-1]
-            image = np.asarray(Image.fromarray(prediction.image).resize(size))
-        return image
+        return Image.fromarray(resize_image(image, prediction.size))
 
 
 def short_name(name: str) -> str:
@@ -224,15 +213,23 @@ def predict(
     total = None if follow else len(paths)
     with table_path.open("a" if known else "w") as table, interruptible() as is_stopped:
         to_read = itertools.takewhile(lambda _: not is_stopped(), source)
-        writer = Writer(out, photographs, predictor.reading, summary, maps)
-        made = rows(predictor, to_read, writer, summary)
-        _write_rows(
-            made,
-            table,
-            has_header=bool(known),
-            on_progress=lambda: print(summary.line(total), file=sys.stderr, flush=True),
-            on_pause=lambda: write_page(out / "report.html", predictor, summary),
-        )
+        write_files = Writer(out, photographs, predictor.reading, summary, maps)
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        if not known:
+            writer.writeheader()
+        last_line, is_new = time.monotonic(), False
+        for row in rows(predictor, to_read, write_files, summary):
+            if row is None:  # a pause: the page may take its time
+                if is_new:
+                    write_page(out / "report.html", predictor, summary)
+                is_new = False
+                continue
+            writer.writerow(row)
+            table.flush()  # what is done survives whatever happens
+            is_new = True
+            if time.monotonic() - last_line > REPORT_SECONDS:
+                print(summary.line(total), file=sys.stderr, flush=True)
+                last_line = time.monotonic()
     write_page(out / "report.html", predictor, summary)
     print(summary.line(total))
     if defective := summary.defective_names():
@@ -240,33 +237,6 @@ def predict(
     print(f"{table_path}; the same with pictures: report.html beside it")
     is_complete = follow or sum(summary.counts.values()) == total
     return is_complete and not summary.counts[UNREADABLE]
-
-
-def _write_rows(
-    made: Iterable[dict[str, Any] | None],
-    table: TextIO,
-    *,
-    has_header: bool,
-    on_progress: Callable[[], None],
-    on_pause: Callable[[], None],
-) -> None:
-    """Writes rows as they come; says so every few seconds, and writes the page in pauses."""
-    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-    if not has_header:
-        writer.writeheader()
-    last_line, is_new = time.monotonic(), False
-    for row in made:
-        if row is None:
-            if is_new:
-                on_pause()
-            is_new = False
-            continue
-        writer.writerow(row)
-        table.flush()  # what is done survives whatever happens
-        is_new = True
-        if time.monotonic() - last_line > REPORT_SECONDS:
-            on_progress()
-            last_line = time.monotonic()
 
 
 @contextlib.contextmanager

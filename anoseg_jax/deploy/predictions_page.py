@@ -13,6 +13,7 @@ from PIL import Image
 
 from anoseg_jax.deploy.prediction import DEFECTIVE, GOOD, UNREADABLE, Prediction
 from anoseg_jax.images import drawing
+from anoseg_jax.images.decode import resize_region
 from anoseg_jax.running.files import write_text
 
 MAX_CARDS = 300  # the highest scores
@@ -30,7 +31,7 @@ class Card(NamedTuple):
     verdict: str
     normalized_score: float | None
     num_regions: int
-    panels: tuple[tuple[str, str], ...]  # (caption, data: URI)
+    panels: list[dict[str, Any]]  # of drawing.as_panels
 
 
 class Summary:
@@ -78,24 +79,18 @@ class Summary:
         return ", ".join(names) + (f" and {more} more" if more else "")
 
 
-def draw_panels(prediction: Prediction) -> tuple[tuple[str, str], ...]:
-    """Returns small pictures of photograph, anomaly map and what was found, with captions."""
+def draw_panels(prediction: Prediction) -> list[dict[str, Any]]:
+    """Returns small pictures of photograph, anomaly map and what was found (as_panels)."""
     height, width = prediction.size
     scale = PANEL / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     photograph = Image.fromarray(prediction.image).resize(size, Image.Resampling.BICUBIC)
     heat = drawing.draw_heat_map(prediction.model_map).resize(size, Image.Resampling.BILINEAR)
-    mask = None
-    if prediction.thresholds.pixel is not None:
-        # Enlarged by covering: even a single pixel stays visible.
-        grey = (prediction.model_map >= prediction.thresholds.pixel).astype(np.uint8) * 255
-        mask = np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BOX)) > 0
-    pictures = {
-        "photograph": photograph,
-        "anomaly map": heat,
-        "found": drawing.draw_overlay(np.asarray(photograph), mask),
-    }
-    return tuple((caption, drawing.data_uri(picture)) for caption, picture in pictures.items())
+    threshold, region = prediction.thresholds.pixel, None
+    if threshold is not None:
+        region = resize_region(prediction.model_map >= threshold, size[::-1])
+    found = drawing.outline(photograph, region)
+    return drawing.as_panels({"photograph": photograph, "anomaly map": heat, "found": found})
 
 
 def write_page(path: Path, predictor: Any, summary: Summary) -> None:

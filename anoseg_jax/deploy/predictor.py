@@ -184,10 +184,7 @@ class Predictor:
             on_cpu = jax.default_backend() == "cpu"
             batch_size = (BATCH_CPU if on_cpu else BATCH_ACCELERATOR) * jax.device_count()
         self.batch_size = batch_size
-        self.model = TrainedModel(self.folder, batch_size=batch_size)
-        self._uses_detector = self.model.config["evaluate"]["image_score"] == "detector"
-        if self._uses_detector:
-            self.model = TrainedModel(self.folder, batch_size=batch_size, detector=True)
+        self.model = TrainedModel(self.folder, batch_size=batch_size, detector=None)
         self.reading = Reading.of(self.model.config)
         self._set_thresholds(image_threshold, pixel_threshold)
 
@@ -195,7 +192,7 @@ class Predictor:
         chosen = model_folder.read_thresholds(self.folder, self.model.weights_sha256)
         if chosen is None:
             chosen = dict(self.model.record["thresholds"])
-            if self._uses_detector:
+            if self.model.detector:
                 chosen["image"] = self.model.detector.record["thresholds"]["image"]
         values = {name: chosen[name]["threshold"] for name in ("image", "pixel")}
         self.threshold_sources = {name: chosen[name]["how"] for name in ("image", "pixel")}
@@ -213,7 +210,7 @@ class Predictor:
     def compute(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns maps [b, h, w] and scores [b] of uint8 images [b, h, w, 3] of `image_size`."""
         maps, scores = self.model(images)
-        if self._uses_detector:
+        if self.model.detector:
             scores = self.model.detector(images, maps)
         return maps, scores
 

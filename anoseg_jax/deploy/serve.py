@@ -21,7 +21,6 @@ from PIL import Image
 
 from anoseg_jax.deploy.export import describe
 from anoseg_jax.deploy.prediction import Prediction
-from anoseg_jax.deploy.predictions import MAX_REGIONS
 from anoseg_jax.deploy.predictions_page import render
 from anoseg_jax.deploy.predictor import Loaded, Predictor
 from anoseg_jax.images import drawing
@@ -180,10 +179,7 @@ def as_json(prediction: Prediction, wanted: str) -> dict[str, Any]:
         "pixel_threshold": prediction.thresholds.pixel,
         "size": list(prediction.size),
         "num_regions": len(prediction.regions),
-        "regions": [
-            {"area": region.area, "box": [region.x, region.y, region.width, region.height]}
-            for region in prediction.regions[:MAX_REGIONS]
-        ],
+        "regions": prediction.largest_regions,
     }
     if wanted != "none":
         image_map = prediction.anomaly_map if wanted == "full" else prediction.model_map

@@ -50,7 +50,7 @@ class TrainedModel:
         *,
         top_fraction: float | None = None,
         batch_size: int | None = None,
-        detector: bool | Saved = False,
+        detector: bool | None | Saved = False,
     ):
         """Places the weights of a trained model on all devices.
 
@@ -61,8 +61,8 @@ class TrainedModel:
             recorded image threshold does not hold for another one.
           batch_size: the largest number of images that are computed at once, by default that of the
             checkpoint's options; one program serves all smaller batches.
-          detector: True also loads the image-level detector of the folder; or the checkpoint that
-            `detector.fit` returned.
+          detector: True also loads the image-level detector of the folder; None does if its scores
+            are those of the images; or the checkpoint that `detector.fit` returned.
 
         Raises FileNotFoundError if there is no checkpoint, detector.DetectorError if the detector
         was trained for other weights of the generator.
@@ -84,6 +84,8 @@ class TrainedModel:
             self.config, batch_size=batch_size, top_fraction=top_fraction
         )
         self.detector = None
+        if detector is None:
+            detector = self.config["evaluate"]["image_score"] == "detector"
         if detector is True:
             from anoseg_jax.method.detector import check_generator  # imports all of training
 
@@ -92,13 +94,10 @@ class TrainedModel:
         if detector:
             self.detector = TrainedDetector(detector, batch_size)
 
-    def __call__(
-        self, images: np.ndarray, *, reconstructions: bool = False
-    ) -> tuple[np.ndarray, ...]:
-        """Returns maps [b, h, w] and scores [b] of uint8 images, and reconstructions if asked for.
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns maps [b, h, w] and scores [b] of uint8 images; b may be 0.
 
-        b may be 0. Reconstructions are [b, h, w, 3] in [0, 1]. Raises ValueError if the images are
-        not uint8 [b, h, w, 3] of `image_size`.
+        Raises ValueError if the images are not uint8 [b, h, w, 3] of `image_size`.
         """
         expected = (*self.image_size, 3)
         images = np.asarray(images)
@@ -107,13 +106,11 @@ class TrainedModel:
                 f"images must be uint8 [b, {', '.join(map(str, expected))}], the size that the "
                 f"model was trained at; got {images.dtype} {list(images.shape)}"
             )
-        outputs = 3 if reconstructions else 2
         if not len(images):
-            empty = [np.zeros((0, *shape), np.float32) for shape in (self.image_size, (), expected)]
-            return tuple(empty[:outputs])
-        starts = range(0, len(images), self.batch_size)
+            return np.zeros((0, *self.image_size), np.float32), np.zeros(0, np.float32)
         chunks = [
-            self._predict(self._variables, images[i : i + self.batch_size], outputs=outputs)
-            for i in starts
+            self._predict(self._variables, images[i : i + self.batch_size], outputs=2)
+            for i in range(0, len(images), self.batch_size)
         ]
-        return tuple(np.concatenate(results) for results in zip(*chunks, strict=True))
+        maps, scores = (np.concatenate(results) for results in zip(*chunks, strict=True))
+        return maps, scores

@@ -8,11 +8,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-from anoseg_jax.evaluation import baselines, metrics
-from anoseg_jax.evaluation.metrics import METRICS
+from anoseg_jax.evaluation import METRICS, baselines, metrics
 from anoseg_jax.evaluation.results import IMAGE_COLUMNS, Evaluation
+from anoseg_jax.images.decode import resize_image, resize_region
 from anoseg_jax.method import predict
 
 IMAGE_SCORES = ("map", "detector")  # the values of `config.evaluate.image_score`
@@ -105,7 +104,7 @@ def measure(
         if native_masks is not None:
             rows = slice(len(images), len(images) + len(batch_maps))
             truth, left_out = native_masks[rows], native_ignored and native_ignored[rows]
-        resized = [resize_map(*pair) for pair in zip(batch_maps, truth, strict=True)]
+        resized = resize_maps(batch_maps, truth)
         has_masks = zip(truth, batch["has_mask"], strict=True)
         known = [mask if has_mask else None for mask, has_mask in has_masks]
         pixels.add(resized, known, types, left_out)
@@ -176,9 +175,9 @@ def measure_regions(
         row["iou"] = None
         if threshold is None:
             continue
-        image_map = resize_map(image_map, truth)
+        image_map = resize_image(image_map, truth.shape)
         region = image_map >= np.float32(threshold)
-        regions[index] = metrics.resize_region(region, image_size)
+        regions[index] = resize_region(region, image_size)
         if row["has_mask"] and np.isfinite(image_map).all():
             row["iou"] = metrics.RegionCounts().add(region, truth, row["defect_type"], left_out)
     return regions
@@ -267,7 +266,7 @@ def with_scores(
         stop = start + len(batch["label"])
         batch_maps = maps[start:stop]
         if scores is None:
-            resized = [resize_map(*pair) for pair in zip(batch_maps, batch["mask"], strict=True)]
+            resized = resize_maps(batch_maps, batch["mask"])
             batch_scores = predict.image_scores(jnp.asarray(np.stack(resized)), top_fraction)
         else:
             batch_scores = scores[start:stop]
@@ -393,12 +392,9 @@ def image_verdicts(scores: np.ndarray, labels: np.ndarray, threshold: float) -> 
     }
 
 
-def resize_map(image_map: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Resizes a map, float32 [h, w], to the size of a mask, bilinear and antialiased."""
-    if image_map.shape == mask.shape:
-        return image_map
-    size = mask.shape[1], mask.shape[0]
-    return np.asarray(Image.fromarray(image_map).resize(size, Image.Resampling.BILINEAR))
+def resize_maps(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Resizes maps, float32 [h, w] each, to the sizes of their masks."""
+    return [resize_image(x, mask.shape) for x, mask in zip(maps, masks, strict=True)]
 
 
 def to_eight_bits(
@@ -407,7 +403,7 @@ def to_eight_bits(
     """Returns maps on the display scale times 255, uint8 [n, h, w]."""
     shown = np.zeros((len(maps), *image_size), np.uint8)
     for index, image_map in enumerate(maps):
-        levels = to_display_scale(resize_map(image_map, shown[index]), scale)
+        levels = to_display_scale(resize_image(image_map, image_size), scale)
         shown[index] = np.round(255 * np.clip(np.nan_to_num(levels), 0, 1))
     return shown
 

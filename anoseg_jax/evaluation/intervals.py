@@ -172,7 +172,7 @@ def draw(workdir: Path, seeds: Iterable[str], category: str, resamples: int) -> 
     return Draws(images, values, bounds)
 
 
-def interval_of(draws: np.ndarray, *, low: float = -1.0, high: float = 1.0) -> list[float]:
-    """Returns the percentile interval of resampled values, clipped to [low, high]."""
+def interval_of(draws: np.ndarray, *, low: float = -1.0) -> list[float]:
+    """Returns the percentile interval of resampled values, clipped to [low, 1]."""
     tail = (1 - CONFIDENCE) / 2
-    return np.clip(np.quantile(draws, [tail, 1 - tail]), low, high).tolist()
+    return np.clip(np.quantile(draws, [tail, 1 - tail]), low, 1.0).tolist()

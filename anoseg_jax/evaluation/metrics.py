@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 from sklearn import metrics as sklearn_metrics
 
@@ -20,8 +19,6 @@ from anoseg_jax.evaluation import pixel_tables
 
 GOOD = "good"  # the defect type of images without a defect (MVTec AD's folder name)
 
-# The metrics of the result tables, in the order of their columns; results.json has their means.
-METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "iou", "pixel_f1_max", "au_pro")
 PIXEL_METRICS = (
     "pixel_auroc",
     "pixel_ap",
@@ -313,14 +310,6 @@ class RegionCounts:
             for name, (numerator, denominator, _) in ratios.items()
         }
         return values | {"not_available": reasons}
-
-
-def resize_region(region: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes a region, bool [h, w], to `size` (height, width) and keeps even single pixels."""
-    if region.shape == tuple(size):
-        return region
-    shares = Image.fromarray(region.astype(np.float32)).resize(size[::-1], Image.Resampling.BOX)
-    return np.asarray(shares) > 0
 
 
 def image_curves(scores: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, list[float]]]:

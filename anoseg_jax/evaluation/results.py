@@ -27,7 +27,8 @@ import numpy as np
 from etils.epath import Path
 
 from anoseg_jax import UsageError
-from anoseg_jax.evaluation.metrics import METRICS, level_histograms
+from anoseg_jax.evaluation import METRICS
+from anoseg_jax.evaluation.metrics import level_histograms
 from anoseg_jax.running import versions
 from anoseg_jax.running.files import write_bytes, write_text
 
@@ -278,16 +279,15 @@ def read_finished(folders: Mapping[Any, Path]) -> dict[Any, dict[str, Any]]:
 def read_seeds(workdir: str | Path) -> dict[str, dict[str, Any]]:
     """Reads results.json of each `seed_<s>` in a workdir, or else of the workdir as seed ""."""
     workdir = Path(workdir)
-    children = workdir.iterdir() if workdir.is_dir() else ()
-    seeds = [path.name[5:] for path in children if path.name.startswith("seed_") and path.is_dir()]
+    seeds = [path.name[5:] for path in workdir.glob("seed_*") if path.is_dir()]
     # By number, then by name.
     seeds.sort(key=lambda s: (not s.isdigit(), int(s) if s.isdigit() else 0, s))
     return {seed: read_results(seed_folder(workdir, seed)) for seed in seeds or [""]}
 
 
-def seed_folder(workdir: str | Path, seed: str) -> Path:
-    """Returns the workdir of a seed of `read_seeds`."""
-    return Path(workdir) / f"seed_{seed}" if seed else Path(workdir)
+def seed_folder(workdir: str | Path, seed: str | int | None) -> Path:
+    """Returns the workdir of a seed; "" and None stand for a run without seeds."""
+    return Path(workdir) if seed in ("", None) else Path(workdir) / f"seed_{seed}"
 
 
 def read_optional(path: Path, parse: Callable[[Path], Any]) -> tuple[Any, str]:

@@ -5,7 +5,7 @@ import concurrent.futures
 import dataclasses
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from etils.epath import Path
@@ -141,14 +141,19 @@ def image_warnings(checked: Sequence[Checked], bit_depth: int) -> list[str]:
     ]
 
 
-def mask_warnings(checked: Sequence[Checked]) -> list[str]:
-    """Warns of masks that are empty, inverted or grey, judged by all masks of a defect type."""
-    warnings = []
+def masks_by_type(checked: Sequence[Checked]) -> dict[str, list[Checked]]:
+    """Returns the examples whose masks could be read by their defect type."""
     by_type = collections.defaultdict(list)
     for one in checked:
         if one.share is not None and one.example.label:
             by_type[one.example.defect_type].append(one)
-    for of_type in by_type.values():
+    return by_type
+
+
+def mask_warnings(checked: Sequence[Checked]) -> list[str]:
+    """Warns of masks that are empty, inverted or grey, judged by all masks of a defect type."""
+    warnings = []
+    for of_type in masks_by_type(checked).values():
         mask_of = {one.example.masks[0]: one for one in of_type}
         empty = [path for path, one in mask_of.items() if not one.share]
         what = "its image is among the defective ones: draw the defect, or move the image"
@@ -182,27 +187,16 @@ def mask_warnings(checked: Sequence[Checked]) -> list[str]:
     return warnings
 
 
-def size_warnings(
-    sizes: Mapping[tuple[int, int], int],
-    smallest_defects: Sequence[tuple[float, int]],
-    image_size: tuple[int, int],
-) -> list[str]:
-    """Warns of images that `image_size` squeezes and of defects that it makes too small.
-
-    Args:
-      sizes: number of images of each (height, width).
-      smallest_defects: for each mask, the share of the image that its smallest defect covers, and
-        its pixels in the file.
-      image_size: height and width that images are resized to.
-    """
+def size_warnings(checked: Sequence[Checked], image_size: tuple[int, int]) -> list[str]:
+    """Warns of images that `image_size` squeezes and of defects that it makes too small."""
     warnings = []
     height, width = image_size
     here = f"image_size={width}x{height} (width x height)"
     squeezed = collections.Counter()
-    for (h, w), count in sizes.items():
+    for h, w in (one.size for one in checked if one.size):
         ratio = w * height / (h * width)
         if max(ratio, 1 / ratio) > _SQUEEZED:
-            squeezed[h, w] += count
+            squeezed[h, w] += 1
     if squeezed:
         (h, w), _ = squeezed.most_common(1)[0]
         # As many pixels, in the shape of the image.
@@ -212,11 +206,12 @@ def size_warnings(
             f"width and {h / height:.3g}:1 in height; {_set_size(image_size)}, or cut them into "
             "tiles"
         )
-    pixels = [share * height * width for share, _ in smallest_defects]
+    smallest = [one.smallest for one in checked if one.smallest]
+    pixels = [share * height * width for share, _ in smallest]
     lost = [i for i, count in enumerate(pixels) if count < _SMALLEST_DEFECT]
     if lost:
         worst = min(lost, key=pixels.__getitem__)
-        in_file = smallest_defects[worst][1]
+        in_file = smallest[worst][1]
         advice = "its file has no more"
         if in_file >= _SMALLEST_DEFECT:
             scale = (_SMALLEST_DEFECT / pixels[worst]) ** 0.5

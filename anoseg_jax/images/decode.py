@@ -40,10 +40,6 @@ class LayoutError(UsageError):
     """A folder or file that cannot be used; each line of the message names one and says why."""
 
 
-class ImageError(LayoutError):
-    """A file that cannot be read, or not at the bit depth asked for; one line that names it."""
-
-
 def printable(path: object) -> str:
     """Returns a path or name as text that can be printed and stored.
 
@@ -89,7 +85,7 @@ def read_image(
       uint8 `[h, w, 3]`, RGB.
 
     Raises:
-      ImageError: the file cannot be read or has values above the bit depth; one line that names it.
+      LayoutError: the file cannot be read or has values above the bit depth; names it in one line.
     """
     return to_rgb(open_image(path, max_megapixels=max_megapixels), bit_depth)
 
@@ -97,7 +93,7 @@ def read_image(
 def read_mask(path: Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> np.ndarray:
     """Reads a mask, however it was saved: bool `[h, w]`, True where defective.
 
-    See `decode_mask`. Raises ImageError, one line that names the file.
+    See `decode_mask`. Raises LayoutError, one line that names the file.
     """
     return decode_mask(path, max_megapixels=max_megapixels)[0]
 
@@ -117,7 +113,7 @@ def decode_mask(path: Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[
       The mask, bool `[h, w]`, and one of TWO_VALUES, SEVERAL_VALUES, ...
 
     Raises:
-      ImageError: the file cannot be read; one line that names it.
+      LayoutError: the file cannot be read; one line that names it.
     """
     picture = open_image(path, max_megapixels=max_megapixels)
     image, alpha = picture.image, None
@@ -138,7 +134,7 @@ def decode_mask(path: Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[
             # Either drawn in the alpha alone, over one colour, or a cut-out of colours.
             values = np.minimum(values, alpha) if np.ptp(values) else alpha
     if not np.isfinite(values).all() or values.min() < 0:
-        raise ImageError(
+        raise LayoutError(
             f"{printable(path)}: has negative or non-finite values: save the mask as 8-bit grey"
         )
     # Colour is compressed in blocks of 16x16.
@@ -147,7 +143,7 @@ def decode_mask(path: Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[
 
 
 def open_image(path: Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> Picture:
-    """Returns the decoded image, upright; ImageError names the file that cannot be read."""
+    """Returns the decoded image, upright; LayoutError names the file that cannot be read."""
     data = None
     try:
         data = path.read_bytes()
@@ -168,13 +164,13 @@ def open_image(path: Path, *, max_megapixels: float = MAX_MEGAPIXELS) -> Picture
                 wide = np.asarray(image)
             return Picture(path, image, wide, has_frames)
     except Image.DecompressionBombError as error:
-        raise ImageError(
+        raise LayoutError(
             f"{printable(path)}: declares more than {max_megapixels:g} megapixels: it is damaged, "
             "or has to be cut into smaller images, or needs a higher --config.max_megapixels"
         ) from error
     # A damaged file makes a decoder raise nearly anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
-        raise ImageError(f"{printable(path)}: {_why_unreadable(data, error)}") from error
+        raise LayoutError(f"{printable(path)}: {_why_unreadable(data, error)}") from error
 
 
 def _lower_bytes(image: Image.Image, data: bytes) -> np.ndarray | None:
@@ -220,7 +216,7 @@ def _convert(picture: Picture, mode: str) -> np.ndarray:
     try:
         return np.array(picture.image.convert(mode))
     except ValueError as error:
-        raise ImageError(f"{printable(picture.path)}: {error}: save it as 8-bit RGB") from error
+        raise LayoutError(f"{printable(picture.path)}: {error}: save it as 8-bit RGB") from error
 
 
 # Bit depth.
@@ -229,13 +225,13 @@ def _convert(picture: Picture, mode: str) -> np.ndarray:
 def value_range(picture: Picture) -> tuple[float, float] | None:
     """Returns the smallest and largest value of a `wide` picture; None for images of 8 bits.
 
-    Raises ImageError if they are of no scale known: negative, not finite, above 65535.
+    Raises LayoutError if they are of no scale known: negative, not finite, above 65535.
     """
     if picture.wide is None:
         return None
     low, high = float(picture.wide.min()), float(picture.wide.max())
     if not (low >= 0 and high <= 65535):  # also refuses nan
-        raise ImageError(
+        raise LayoutError(
             f"{printable(picture.path)}: has values from {low:g} to {high:g} where 0 to 65535 was "
             "expected: save it as 8-bit or 16-bit grey"
         )
@@ -258,7 +254,7 @@ def to_rgb(picture: Picture, bit_depth: int | None = None) -> np.ndarray:
         bit_depth = needed
     top = 2**bit_depth - 1
     if limits[1] > top:
-        raise ImageError(above_bit_depth(picture.path, limits[1], bit_depth))
+        raise LayoutError(above_bit_depth(picture.path, limits[1], bit_depth))
     # Pillow's own conversion of these images clips at 255 instead of scaling.
     values = np.round(picture.wide.astype(np.float64) * (255.0 / top)).astype(np.uint8)
     return values if values.ndim == 3 else np.repeat(values[..., None], 3, axis=-1)
@@ -323,11 +319,22 @@ def _has_class(values: np.ndarray, flat: np.ndarray) -> bool:
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes uint8 [h, w, 3] to `size` (height, width), bilinear and antialiased."""
+    """Resizes an image, uint8 [h, w, 3], or an anomaly map, float32 [h, w], to `size`.
+
+    `size` is (height, width); bilinear and antialiased.
+    """
     if image.shape[:2] == tuple(size):
         return image
     resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
     return np.asarray(resized)
+
+
+def resize_region(region: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes a region, bool [h, w], to `size` (height, width) and keeps even single pixels."""
+    if region.shape == tuple(size):
+        return region
+    shares = Image.fromarray(region.astype(np.float32)).resize(size[::-1], Image.Resampling.BOX)
+    return np.asarray(shares) > 0
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

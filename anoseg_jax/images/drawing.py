@@ -2,6 +2,8 @@
 
 import base64
 import io
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,14 +33,15 @@ def draw_heat_map(anomaly_map: np.ndarray) -> Image.Image:
     return Image.fromarray(COLOURS[np.round(255 * anomaly_map).astype(np.uint8)])
 
 
-def draw_overlay(image: np.ndarray, mask: np.ndarray | None) -> Image.Image:
-    """Draws the edges of the defective pixels, bool [h, w], into an image, uint8 [h, w, 3]."""
-    if mask is None or not mask.any():
-        return Image.fromarray(image)
-    width = max(2, max(mask.shape) // 400)
-    grown = ndimage.maximum_filter(mask, 2 * width + 1)
-    pixels = image.copy()
-    pixels[grown & ~mask] = FOUND
+def outline(
+    image: Image.Image, region: np.ndarray | None, colour: tuple[int, int, int] = FOUND
+) -> Image.Image:
+    """Draws the outer edge of a region of an image, bool [h, w]; without a region, no edge."""
+    if region is None or not region.any():
+        return image
+    width = max(2, max(region.shape) // 400)
+    pixels = np.array(image)
+    pixels[ndimage.maximum_filter(region, 2 * width + 1) & ~region] = colour
     return Image.fromarray(pixels)
 
 
@@ -50,16 +53,21 @@ def encode_map(anomaly_map: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def encode_jpeg(image: Image.Image, quality: int = 85) -> bytes:
+def encode_jpeg(image: Image.Image, **options: Any) -> bytes:
     """Returns a picture as JPEG, without chroma subsampling: thin edges stay sharp."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling=0)
+    image.save(buffer, "JPEG", subsampling=0, **options)
     return buffer.getvalue()
 
 
-def data_uri(image: Image.Image) -> str:
-    """Returns a picture as the data: URI of a JPEG."""
-    return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(image, 80)).decode()
+def as_panels(pictures: Mapping[str, Image.Image]) -> list[dict[str, Any]]:
+    """Returns pictures of a page, by caption: caption, width, height, data: URI of the JPEG."""
+    panels = []
+    for caption, picture in pictures.items():
+        jpeg = base64.b64encode(encode_jpeg(picture, quality=82, optimize=True)).decode()
+        size = {"width": picture.width, "height": picture.height}
+        panels.append({"caption": caption, "uri": f"data:image/jpeg;base64,{jpeg}", **size})
+    return panels
 
 
 def colour_scale() -> str:

@@ -10,7 +10,6 @@ from etils.epath import Path
 from anoseg_jax.images.decode import (
     BIT_DEPTHS,
     MAX_MEGAPIXELS,
-    ImageError,
     LayoutError,
     printable,
     read_image,
@@ -79,7 +78,7 @@ def load(
       `label` 0 or 1; `defect_type` and `name`, strings.
 
     Raises:
-      ImageError: a file cannot be read, or differs from its image in size.
+      LayoutError: a file cannot be read, or differs from its image in size.
     """
     image = read_image(example.image, bit_depth=bit_depth, max_megapixels=max_megapixels)
     masks = {}
@@ -87,7 +86,7 @@ def load(
         for path in paths:
             masks[path] = read_mask(path, max_megapixels=max_megapixels)
             if masks[path].shape != image.shape[:2]:
-                raise ImageError(size_mismatch(example, path, masks[path].shape, image.shape[:2]))
+                raise LayoutError(size_mismatch(example, path, masks[path].shape, image.shape[:2]))
     mask = np.any([masks[path] for path in example.masks], axis=0) if example.masks else None
     if mask is None and not example.label:
         mask = np.zeros(image.shape[:2], bool)

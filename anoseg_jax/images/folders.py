@@ -95,20 +95,23 @@ def identity(folder: Path) -> str:
     return os.path.realpath(os.fspath(folder))
 
 
-def walk(folder: Path) -> tuple[list[Path], list[Path]]:
+def walk(folder: Path, exclude: str | None = None) -> tuple[list[Path], list[Path]]:
     """Returns all files below a folder, and the links to folders that are listed already.
 
-    These are not followed: they would lead round in circles.
+    These are not followed: they would lead round in circles. `exclude` is the `identity` of a
+    folder that is left out.
     """
     # By itself: what epath's `walk` yields of gs:// lacks the gs:// with some of its backends.
     files, links, listed = [], [], set()
     waiting = [folder]
     while waiting:
         current = waiting.pop()
-        if identity(current) in listed:
+        here = identity(current)
+        if here in listed:
             links.append(current)
+        if here in listed or here == exclude:
             continue
-        listed.add(identity(current))
+        listed.add(here)
         inner, inside = entries(current)
         files += inside
         waiting += reversed(inner)

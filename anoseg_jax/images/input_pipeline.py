@@ -83,7 +83,7 @@ def load_arrays(dataset: tf.data.Dataset, image_size: tuple[int, int]) -> Arrays
       there reaches neither training nor scores.
 
     Raises:
-      decode.ImageError: a file cannot be read, for example because it was removed since the check.
+      decode.LayoutError: a file cannot be read, for example because it was removed since the check.
     """
     size = tuple(image_size)
 
@@ -117,17 +117,13 @@ def load_arrays(dataset: tf.data.Dataset, image_size: tuple[int, int]) -> Arrays
     return arrays
 
 
-def load_masks(dataset: tf.data.Dataset) -> list[np.ndarray]:
-    """Returns the masks of a split at the size they have in their files: bool [h, w] each."""
-    return _load_masks(dataset, "mask")
+def load_masks(dataset: tf.data.Dataset, key: str = "mask") -> list[np.ndarray] | None:
+    """Returns the masks of a split at the size they have in their files: bool [h, w] each.
 
-
-def load_ignore_masks(dataset: tf.data.Dataset) -> list[np.ndarray] | None:
-    """Returns the pixels to ignore at the size of the files, as `load_masks`; None without any."""
-    return _load_masks(dataset, "ignore") if "ignore" in dataset.element_spec else None
-
-
-def _load_masks(dataset: tf.data.Dataset, key: str) -> list[np.ndarray]:
+    `key` is "mask", or "ignore" for the pixels to ignore; None if the split has none.
+    """
+    if key not in dataset.element_spec:
+        return None
     with _own_errors(dataset):
         return [example[key][..., 0].astype(bool) for example in dataset.as_numpy_iterator()]
 

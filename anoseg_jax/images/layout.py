@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from etils.epath import Path
 
 from anoseg_jax.images import check, layouts
-from anoseg_jax.images.decode import ImageError, LayoutError, printable
+from anoseg_jax.images.decode import LayoutError, printable
 from anoseg_jax.images.examples import Example, ReadOptions, load
 from anoseg_jax.images.folders import (
     SIDE_SUFFIXES,
@@ -35,7 +35,7 @@ from anoseg_jax.images.folders import (
 from anoseg_jax.images.layouts import LAYOUTS
 from anoseg_jax.images.pairing import pair
 
-__all__ = ["Example", "ImageError", "LayoutError", "ReadOptions", "load"]
+__all__ = ["Example", "LayoutError", "ReadOptions", "load"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +45,8 @@ class Category:
     `errors` make the category unusable (those of them that are `train_errors`, for training alone),
     `warnings` do not; each is one line that names a file or folder. `layout` is a key of LAYOUTS.
     `validation` are good images that the layout sets apart for thresholds. `bit_depth` is that of
-    the training images, or as asked for. `sizes` counts (height, width), `formats` counts e.g.
-    "PNG L", `mask_kinds` how masks were read. `mask_shares` holds for each defect type the
-    defective share of each mask's pixels, in [0, 1], `smallest_defects` for each mask the share and
-    the number of pixels of its smallest defect. `ignored` are the files that are not used.
+    the training images, or as asked for. `checked` is what reading all images and masks showed.
+    `ignored` are the files that are not used.
     """
 
     name: str
@@ -61,11 +59,7 @@ class Category:
     errors: tuple[str, ...] = ()
     train_errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    sizes: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
-    formats: dict[str, int] = dataclasses.field(default_factory=dict)
-    mask_kinds: dict[str, int] = dataclasses.field(default_factory=dict)
-    mask_shares: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
-    smallest_defects: tuple[tuple[float, int], ...] = ()
+    checked: tuple[check.Checked, ...] = ()
     ignored: tuple[Path, ...] = ()
 
 
@@ -270,11 +264,6 @@ def _scan_groups(category: Category, options: ReadOptions) -> Category:
     bit_depth = check.choose_bit_depth(train or checked, options.bit_depth)
     errors += check.bit_depth_errors(checked, bit_depth)
     warnings += check.image_warnings(checked, bit_depth) + check.mask_warnings(checked)
-    mask_shares = collections.defaultdict(tuple)
-    for one in checked:
-        if one.share is not None and one.example.label:
-            mask_shares[one.example.defect_type] += (one.share,)
-
     files, links = walk(root)
     ignored = tuple(path for path in files if path not in pairs.used)
     warnings += _ignored_warnings(ignored, {group.folder for group in groups}, category.layout)
@@ -289,11 +278,7 @@ def _scan_groups(category: Category, options: ReadOptions) -> Category:
         errors=tuple(errors),
         train_errors=train_errors,
         warnings=tuple(warnings),
-        sizes=dict(collections.Counter(one.size for one in checked if one.size)),
-        formats=dict(collections.Counter(one.format for one in checked if one.size)),
-        mask_kinds=dict(collections.Counter(k for one in checked for k in one.mask_kinds.values())),
-        mask_shares=dict(mask_shares),
-        smallest_defects=tuple(one.smallest for one in checked if one.smallest),
+        checked=tuple(checked),
         ignored=ignored,
     )
 
@@ -338,7 +323,8 @@ def missing_metrics(category: Category) -> dict[str, str]:
         return dict.fromkeys(("image", "pixel"), "there are no defective test images")
     if labels == {1}:
         missing["image"] = "there are no good test images"
-    shares = [share for shares in category.mask_shares.values() for share in shares]
+    with_mask = itertools.chain(*check.masks_by_type(category.checked).values())
+    shares = [one.share for one in with_mask]
     if not shares:
         missing["pixel"] = "the defective test images have no masks"
     elif not any(shares):
@@ -348,7 +334,7 @@ def missing_metrics(category: Category) -> dict[str, str]:
 
 def size_warnings(category: Category, image_size: tuple[int, int]) -> list[str]:
     """Warns of images that `image_size` squeezes, and of defects that it makes too small."""
-    warnings = check.size_warnings(category.sizes, category.smallest_defects, image_size)
+    warnings = check.size_warnings(category.checked, image_size)
     return [f"{printable(category.root)}: {warning}" for warning in warnings]
 
 
@@ -367,20 +353,23 @@ def report(category: Category, image_size: tuple[int, int] | None = None) -> str
         text = ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"
         if examples or split != "validation":
             lines.append(f"  {split:<8} {text}")
-    sizes = collections.Counter(category.sizes).most_common()
+    readable = [one for one in category.checked if one.size]
+    sizes = collections.Counter(one.size for one in readable).most_common()
     text = ", ".join(f"{count} of {width}x{height}" for (height, width), count in sizes[:5])
     if len(sizes) > 5:
         text += f", and {len(sizes) - 5} other sizes"
-    formats = collections.Counter(category.formats).most_common()
+    formats = collections.Counter(one.format for one in readable).most_common()
     lines.append(f"  {'sizes':<8} {text or 'none readable'} (width x height)")
     lines.append(f"  {'formats':<8} {', '.join(f'{n} {name}' for name, n in formats) or 'none'}")
     lines.append(f"  {'depth':<8} bit_depth={category.bit_depth}: {_explain(category.bit_depth)}")
-    for name, shares in sorted(category.mask_shares.items()):
+    for name, with_mask in sorted(check.masks_by_type(category.checked).items()):
+        shares = [one.share for one in with_mask]
         lines.append(
             f"  {'masks':<8} {len(shares)} {name}: median {statistics.median(shares):.2%}, "
             f"smallest {min(shares):.2%} of the image"
         )
-    for kind, count in sorted(category.mask_kinds.items()):
+    kinds = collections.Counter(k for one in category.checked for k in one.mask_kinds.values())
+    for kind, count in sorted(kinds.items()):
         lines.append(f"  {'':<8} {count} with {kind}")
     ignoring = sum(bool(x.ignore) for x in (*category.train, *category.validation, *category.test))
     if ignoring:

@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 from etils.epath import Path
 
-from anoseg_jax.evaluation.results import read_finished, std_of, why_missing, write_json
+from anoseg_jax.evaluation import METRICS
+from anoseg_jax.evaluation.results import (
+    read_finished,
+    seed_folder,
+    std_of,
+    why_missing,
+    write_json,
+)
 from anoseg_jax.report.templates import render
 from anoseg_jax.running.files import write_text
 
-# The columns.
-METRICS = {
-    "pixel_auroc": "pixel AUROC",
-    "iou": "IoU",
-    "image_auroc": "image AUROC",
-    "pixel_ap": "pixel AP",
-    "au_pro": "AU-PRO",
-}
 _UNFINISHED = {"not_available": dict.fromkeys(METRICS, "not finished")}
 
 
@@ -50,15 +49,15 @@ def tabulate(
       CELL: value (mean over seeds), std (over seeds, n - 1), seeds (the values), difference (to the
         variant before); reason: why the value is None.
     """
-    folders = {seed: f"seed_{seed}" for seed in seeds} or {0: "."}
+    every_seed = seeds or [None]
     results = {
-        variant: read_finished({s: Path(workdir) / variant / f for s, f in folders.items()})
+        variant: read_finished({s: seed_folder(Path(workdir) / variant, s) for s in every_seed})
         for variant in variants
     }
 
     def by_seed(variant: str, category: str) -> dict[int, dict[str, Any]]:
         of_seeds = {seed: content["categories"] for seed, content in results[variant].items()}
-        return {seed: of_seeds.get(seed, {}).get(category, _UNFINISHED) for seed in folders}
+        return {seed: of_seeds.get(seed, {}).get(category, _UNFINISHED) for seed in every_seed}
 
     table = {
         category: {variant: _cells(by_seed(variant, category)) for variant in variants}
@@ -146,7 +145,7 @@ def _notes(block: str, rows: Mapping[str, dict], labels: Mapping[str, str]) -> l
     labels_of: dict[tuple[str, str], list[str]] = {}
     for variant, cells in rows.items():
         for reason in dict.fromkeys(cell["reason"] for cell in cells.values() if cell["reason"]):
-            names = [METRICS[m] for m, cell in cells.items() if cell["reason"] == reason]
+            names = [metric for metric, cell in cells.items() if cell["reason"] == reason]
             labels_of.setdefault((", ".join(names), reason), []).append(labels[variant])
     lines = []
     for (names, reason), of_reason in labels_of.items():

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from etils.epath import Path
 
+from anoseg_jax.evaluation import METRICS
 from anoseg_jax.evaluation.intervals import CONFIDENCE, SEED, Draws, draw, interval_of, not_paired
-from anoseg_jax.evaluation.metrics import METRICS
 from anoseg_jax.evaluation.results import (
     ResultsError,
     keys_of,

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils.epath import Path
 
-from anoseg_jax.evaluation.metrics import METRICS
+from anoseg_jax.evaluation import METRICS
 from anoseg_jax.evaluation.results import (
     ResultsError,
     parse_json,

@@ -1,18 +1,15 @@
 """Panels of a test image (image, truth, anomaly map, region found), for pages and pictures."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils.epath import Path
 from PIL import Image
-from scipy import ndimage
 
-from anoseg_jax.evaluation.metrics import resize_region
 from anoseg_jax.evaluation.results import ARRAYS
-from anoseg_jax.images.drawing import COLOURS, FOUND
+from anoseg_jax.images.decode import resize_region
+from anoseg_jax.images.drawing import COLOURS, FOUND, as_panels, outline
 from anoseg_jax.report.verdicts import Card
 
 TRUTH = (0, 200, 80)  # colour of its outline
@@ -21,19 +18,10 @@ STRIP = 128  # pixels: the height of the pictures of a strip
 SMALL = 192  # pixels: the height that smaller images are enlarged to
 
 
-def outline(image: Image.Image, region: np.ndarray, colour: tuple[int, int, int]) -> Image.Image:
-    """Draws the edge of a region of an image, bool [h, w], two pixels wide."""
-    edge = ndimage.binary_dilation(region, iterations=2) & ~region
-    pixels = np.asarray(image).copy()
-    pixels[edge] = colour
-    return Image.fromarray(pixels)
-
-
 def overlay(image: Image.Image, region: np.ndarray) -> Image.Image:
     """Tints a region of an image, bool [h, w], and draws its edge."""
     tint = Image.blend(image, Image.new("RGB", image.size, FOUND), 0.25)
-    tinted = Image.composite(tint, image, Image.fromarray(region.astype(np.uint8) * 255))
-    return outline(tinted, region, FOUND)
+    return outline(Image.composite(tint, image, Image.fromarray(region)), region)
 
 
 def draw_panels(
@@ -62,19 +50,6 @@ def draw_panels(
         "anomaly map": heat.resize((width, height), Image.Resampling.BILINEAR),
         "found": overlay(photo, region),
     }
-
-
-def as_panels(pictures: Mapping[str, Image.Image]) -> list[dict[str, Any]]:
-    """Returns pictures of a page: caption, width, height, and a data: URI of the JPEG."""
-    panels = []
-    for caption, picture in pictures.items():
-        buffer = io.BytesIO()
-        # Without chroma subsampling, outlines stay sharp.
-        picture.save(buffer, "JPEG", quality=82, subsampling=0, optimize=True)
-        uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-        size = {"width": picture.width, "height": picture.height}
-        panels.append({"caption": caption, "uri": uri, **size})
-    return panels
 
 
 def draw_strip(cards: Sequence[Card], arrays: Mapping[str, np.ndarray] | None) -> list[dict]:

@@ -18,10 +18,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "Initial release."}
-    BUILDER_CONFIGS = [
-        tfds.core.BuilderConfig(name=name, description=f"The category {name}.")
-        for name in CATEGORIES
-    ]
+    BUILDER_CONFIGS = features.configs(CATEGORIES)
     MANUAL_DOWNLOAD_INSTRUCTIONS = """
     Get mvtec_anomaly_detection.tar.xz from
     https://www.mvtec.com/company/research/datasets/mvtec-ad (fill in the form; licence:

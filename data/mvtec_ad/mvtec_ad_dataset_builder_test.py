@@ -89,7 +89,7 @@ def test_the_bit_depth_of_the_files_is_fixed_and_kept_when_the_data_set_is_built
         Image.fromarray(deep).save(path)
     prepare(tmp_path, tmp_path / "manual", "tile")
     shutil.rmtree(tmp_path / "manual")
-    splits = sources.open_prepared(
+    splits = sources.open_splits(
         "mvtec_ad", ("tile",), data_dir="", tfds_dir=str(tmp_path / "tfds")
     )["tile"]
     assert splits.bit_depth == 12

@@ -19,10 +19,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "Initial release."}
-    BUILDER_CONFIGS = [
-        tfds.core.BuilderConfig(name=name, description=f"The category {name}.")
-        for name in drawing.CATEGORIES
-    ]
+    BUILDER_CONFIGS = features.configs(drawing.CATEGORIES)
 
     def download_and_prepare(self, **kwargs) -> None:
         """Prepares the data set, without TFDS's messages about a download: there is none."""

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 from result_files import write_results
 
-from anoseg_jax.evaluation import evaluate
-from anoseg_jax.evaluation.metrics import METRICS
+from anoseg_jax.evaluation import METRICS, evaluate
 from anoseg_jax.evaluation.results import write_evaluation
 from anoseg_jax.images import drawing
 from anoseg_jax.method import predict, thresholds

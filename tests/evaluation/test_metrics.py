@@ -8,6 +8,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from drawings import draw_squares
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -56,10 +57,7 @@ def example(n=12, size=(24, 32), seed=0, kind="smooth"):
     """Returns maps [n, h, w], masks and types: the first third good, the others of two types."""
     rng = np.random.default_rng(seed)
     masks = np.zeros((n, *size), bool)
-    for mask in masks[n // 3 :]:
-        for _ in range(2):
-            y, x = rng.integers(0, size[0] - 6), rng.integers(0, size[1] - 6)
-            mask[y : y + rng.integers(1, 6), x : x + rng.integers(1, 6)] = True
+    draw_squares(rng, masks[n // 3 :], 6)
     maps = rng.normal(size=masks.shape) + 1.5 * masks
     if kind == "tied":
         maps = np.round(maps * 2)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from anoseg_jax.evaluation.metrics import METRICS
+from anoseg_jax.evaluation import METRICS
 from anoseg_jax.evaluation.results import as_markdown, mean_of, mean_over_seeds
 
 

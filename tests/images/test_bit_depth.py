@@ -73,7 +73,7 @@ def test_a_test_image_above_it_is_an_error_that_names_it_and_is_never_clipped(fo
     (error,) = category.errors
     assert error.startswith(f"{bright}: has values up to 4335, and bit_depth=12 ")
     assert "--config.bit_depth=14" in error
-    with pytest.raises(layout.ImageError, match=r"001.tif: has values up to 4335, .*=12 .* 4095"):
+    with pytest.raises(layout.LayoutError, match=r"001.tif: has values up to 4335, .*=12 .* 4095"):
         layout.load(category.test[3], bit_depth=12)
     assert layout.load(category.test[3], bit_depth=14)["image"].max() == round(4335 * 255 / 16383)
 
@@ -192,5 +192,5 @@ def test_the_limit_of_pixels_is_an_option(folder):
     limited = layout.scan(folder, layout.ReadOptions(max_megapixels=0.0001))
     assert len(limited.errors) == 9 and all("0.0001 megapixels" in e for e in limited.errors)
     assert all("--config.max_megapixels" in error for error in limited.errors)
-    with pytest.raises(layout.ImageError, match="megapixels"):
+    with pytest.raises(layout.LayoutError, match="megapixels"):
         layout.load(limited.train[0], max_megapixels=0.0001)

@@ -75,7 +75,7 @@ def test_a_mask_of_another_size_is_an_error(folder):
 
 def load_arrays(examples, size, **options):
     dataset = input_pipeline.from_files(examples, layout.load, **options)
-    return input_pipeline.load_arrays(dataset, size), input_pipeline.load_ignore_masks(dataset)
+    return input_pipeline.load_arrays(dataset, size), input_pipeline.load_masks(dataset, "ignore")
 
 
 def test_arrays_hold_them_at_the_size_of_images_and_of_files(folder):

@@ -100,7 +100,7 @@ def split_of(folder):
 def test_a_file_that_disappears_after_the_check_is_one_error_that_names_it(folder, name, load):
     split = split_of(folder)
     (folder / name).unlink()
-    with pytest.raises(layout.ImageError) as error:
+    with pytest.raises(layout.LayoutError) as error:
         (getattr(input_pipeline, load) if isinstance(load, str) else load)(split)
     assert str(error.value).startswith(f"{folder / name}: cannot be opened (No such file")
     assert "\n" not in str(error.value)
@@ -110,19 +110,19 @@ def test_a_file_that_is_cut_short_after_the_check_is_named_and_can_be_mended(fol
     split, path = split_of(folder), folder / "test/good/000.png"
     whole = path.read_bytes()
     path.write_bytes(whole[:60])
-    with pytest.raises(layout.ImageError, match="000.png: is damaged or cut short"):
+    with pytest.raises(layout.LayoutError, match="000.png: is damaged or cut short"):
         input_pipeline.load_arrays(split, (8, 8))
     path.write_bytes(whole)
     assert len(input_pipeline.load_arrays(split, (8, 8))["label"]) == 4
     (folder / "test/scratch/001.png").unlink()
-    with pytest.raises(layout.ImageError, match="scratch/001.png: cannot be opened"):
+    with pytest.raises(layout.LayoutError, match="scratch/001.png: cannot be opened"):
         input_pipeline.load_arrays(split, (8, 8))
 
 
 def test_an_image_that_has_another_size_than_at_the_check_is_named(folder):
     split, path = split_of(folder), folder / "test/scratch/000.png"
     save(photo(0, (5, 7)), path)
-    with pytest.raises(layout.ImageError, match="000_mask.png: is 16x12 pixels, its image .* 7x5"):
+    with pytest.raises(layout.LayoutError, match="000_mask.png: is 16x12 pixels, its image .* 7x5"):
         input_pipeline.load_arrays(split, (8, 8))
 
 

@@ -53,11 +53,9 @@ def test_examples_are_listed_by_folder_and_name_with_their_masks(folder):
         ("test/scratch/000.png", 1, "scratch"),
         ("test/scratch/001.png", 1, "scratch"),
     ]
-    assert category.sizes == {(HEIGHT, WIDTH): 7}
-    assert category.formats == {"PNG L": 7}
-    np.testing.assert_allclose(
-        category.mask_shares["scratch"], [disc(0).mean(), disc(1).mean()], rtol=1e-6
-    )
+    assert [(one.size, one.format) for one in category.checked] == 7 * [((HEIGHT, WIDTH), "PNG L")]
+    shares = [one.share for one in category.checked if one.example.label]
+    np.testing.assert_allclose(shares, [disc(0).mean(), disc(1).mean()], rtol=1e-6)
     assert layout.missing_metrics(category) == {}
 
 
@@ -340,7 +338,7 @@ def test_sizes_may_vary(folder):
     save(photo(0, (30, 7)), folder / "train/good/000.png")
     category = layout.scan(folder)
     assert_flawless(category)
-    assert category.sizes == {(HEIGHT, WIDTH): 6, (30, 7): 1}
+    assert [one.size for one in category.checked] == [(30, 7), *6 * [(HEIGHT, WIDTH)]]
 
 
 # Several categories.

@@ -8,18 +8,14 @@ from anoseg_jax.images import layout
 from anoseg_jax.images.layouts import LAYOUTS
 
 
-def draw(root, names):
-    for seed, name in enumerate(names):
-        save(photo(seed), root / name)
-
-
-def draw_masks(root, names, value=255):
-    for index, name in enumerate(names):
-        save(np.uint8(value) * disc(index), root / name)
-
-
-def numbered(pattern, count):
-    return [pattern.format(f"{i:03}") for i in range(count)]
+def draw(root, images, masks=None, value=255):
+    """Draws {pattern of names: number of files}; masks have the value where they are defective."""
+    for pattern, count in images.items():
+        for index in range(count):
+            save(photo(index), root / pattern.format(f"{index:03}"))
+    for pattern, count in (masks or {}).items():
+        for index in range(count):
+            save(np.uint8(value) * disc(index), root / pattern.format(f"{index:03}"))
 
 
 def draw_mvtec_ad(root):
@@ -27,27 +23,21 @@ def draw_mvtec_ad(root):
 
 
 def draw_loco(root):
-    draw(root, numbered("train/good/{}.png", 4))
-    draw(root, numbered("validation/good/{}.png", 2))
-    draw(root, numbered("test/good/{}.png", 1))
-    draw(root, numbered("test/logical_anomalies/{}.png", 2))
-    for i in range(2):
-        masks = numbered(f"ground_truth/logical_anomalies/{i:03}/{{}}.png", 2)
-        draw_masks(root, masks, value=236)
+    good = {"train/good/{}.png": 4, "validation/good/{}.png": 2, "test/good/{}.png": 1}
+    masks = {f"ground_truth/logical_anomalies/{i:03}/{{}}.png": 2 for i in range(2)}
+    draw(root, good | {"test/logical_anomalies/{}.png": 2}, masks, value=236)
 
 
 def draw_mvtec_ad_2(root):
-    draw(root, numbered("train/good/{}_regular.png", 4))
-    draw(root, numbered("validation/good/{}_regular.png", 2))
-    draw(root, numbered("test_public/good/{}_regular.png", 1))
-    draw(root, numbered("test_public/bad/{}_overexposed.png", 2))
-    draw_masks(root, numbered("test_public/ground_truth/bad/{}_overexposed_mask.png", 2))
+    folders = {"train/good": 4, "validation/good": 2, "test_public/good": 1}
+    images = {f"{folder}/{{}}_regular.png": count for folder, count in folders.items()}
+    images["test_public/bad/{}_overexposed.png"] = 2
+    draw(root, images, {"test_public/ground_truth/bad/{}_overexposed_mask.png": 2})
 
 
 def draw_visa(root):
-    draw(root, numbered("Data/Images/Normal/{}.JPG", 4))
-    draw(root, numbered("Data/Images/Anomaly/{}.JPG", 2))
-    draw_masks(root, numbered("Data/Masks/Anomaly/{}.png", 2), value=3)
+    images = {"Data/Images/Normal/{}.JPG": 4, "Data/Images/Anomaly/{}.JPG": 2}
+    draw(root, images, {"Data/Masks/Anomaly/{}.png": 2}, value=3)
     lines = ["object,split,label,image,mask"]
     for i in range(4):
         split = "test" if i == 1 else "train"
@@ -62,20 +52,16 @@ def draw_visa(root):
 
 
 def draw_btad(root):
-    draw(root, numbered("train/ok/{}.bmp", 4))
-    draw(root, numbered("test/ok/{}.bmp", 1))
-    draw(root, numbered("test/ko/{}.bmp", 2))
-    draw_masks(root, numbered("ground_truth/ko/{}.png", 2))
+    images = {"train/ok/{}.bmp": 4, "test/ok/{}.bmp": 1, "test/ko/{}.bmp": 2}
+    draw(root, images, {"ground_truth/ko/{}.png": 2})
 
 
 def draw_normal_abnormal(root):
-    draw(root, numbered("normal/{}.png", 5))
-    draw(root, numbered("abnormal/{}.png", 2))
-    draw_masks(root, numbered("ground_truth/{}.png", 2))
+    draw(root, {"normal/{}.png": 5, "abnormal/{}.png": 2}, {"ground_truth/{}.png": 2})
 
 
 def draw_only_good(root):
-    draw(root, numbered("good/{}.png", 4))
+    draw(root, {"good/{}.png": 4})
 
 
 # Name -> how it is drawn; images to train on, for thresholds, good and defective ones to test on.
@@ -151,7 +137,7 @@ def test_visa_images_that_its_split_does_not_list_are_tested_on_with_a_warning(t
 def test_visa_without_its_splits_and_a_flat_pair_test_on_every_fifth_good_image(tmp_path):
     draw_visa(tmp_path / "part")
     (tmp_path / "split_csv/1cls.csv").unlink()
-    draw(tmp_path / "part", numbered("Data/Images/Normal/1{}.JPG", 7))
+    draw(tmp_path / "part", {"Data/Images/Normal/1{}.JPG": 7})
     category = layout.scan(tmp_path / "part")
     assert counts(category) == (9, 0, 2, 2)
     assert "2 of its 11 images, every fifth" in only(category.warnings)
@@ -185,7 +171,7 @@ def test_good_parts_are_good_by_another_name(folder):
 
 @pytest.mark.parametrize("data_dir", ["part", "."])
 def test_photographs_in_no_folder_are_good_ones_only_where_this_is_asked_for(tmp_path, data_dir):
-    draw(tmp_path / "part", numbered("{}.png", 3))
+    draw(tmp_path / "part", {"{}.png": 3})
     with pytest.raises(layout.LayoutError) as error:
         layout.scan_categories(tmp_path / data_dir, ("all",))
     message = only([str(error.value)])
@@ -220,7 +206,7 @@ def test_a_category_given_as_data_dir_is_no_set_of_categories(tmp_path, name):
 
 
 def test_a_folder_that_fits_none_is_left_out_and_named(folder):
-    draw(folder.parent, numbered("scans/{}.png", 2))
+    draw(folder.parent, {"scans/{}.png": 2})
     (category,) = layout.scan_categories(folder.parent, ("all",))
     warning = only(category.warnings)
     assert warning.startswith(f"{folder.parent / 'scans'}: is left out")
@@ -237,7 +223,7 @@ def test_an_unknown_layout_is_refused_with_those_there_are(folder):
 
 
 def test_masks_of_a_flat_pair_may_be_missing(tmp_path):
-    draw(tmp_path / "part", numbered("ok/{}.png", 2) + numbered("ng/{}.png", 2))
+    draw(tmp_path / "part", {"ok/{}.png": 2, "ng/{}.png": 2})
     category = layout.scan(tmp_path / "part")
     assert category.errors == () and counts(category) == (1, 0, 1, 2)
     assert set(layout.missing_metrics(category)) == {"pixel"}

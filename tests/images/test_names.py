@@ -52,7 +52,7 @@ def test_a_bad_file_whose_name_is_not_utf_8_is_named(folder):
     category = layout.scan(folder)
     assert "train/good/\\xbb\\xae000.png: is empty" in only(category.errors)
     layout.report(category).encode("utf-8")
-    with pytest.raises(layout.ImageError) as error:
+    with pytest.raises(layout.LayoutError) as error:
         layout.load(category.train[2])
     str(error.value).encode("utf-8")
 

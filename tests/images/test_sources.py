@@ -8,10 +8,10 @@ from anoseg_jax.images import input_pipeline, layout
 from data import sources
 
 
-def open_part(folder, **options):
+def open_part(folder, *, training=True, **options):
     read = layout.ReadOptions(**options)
     return sources.open_splits(
-        "folder", ("part",), data_dir=str(folder.parent), tfds_dir="", read=read
+        "folder", ("part",), data_dir=folder.parent, read=read, training=training
     )["part"]
 
 
@@ -44,7 +44,7 @@ def test_images_are_read_at_the_bit_depth_of_a_model(folder):
         image = input_pipeline.load_arrays(splits.test, (12, 16))["image"][0, ..., 0]
         scaled = np.round(photo(3) * 16.0 * (255 / (2**bit_depth - 1)))
         np.testing.assert_array_equal(image, scaled)
-    with pytest.raises(layout.ImageError, match=r"bit_depth=10 .* ends at 1023"):
+    with pytest.raises(layout.LayoutError, match=r"bit_depth=10 .* ends at 1023"):
         input_pipeline.load_arrays(splits.at_bit_depth(10).test, (12, 16))
 
 
@@ -57,14 +57,14 @@ def test_pixels_to_ignore_are_in_the_arrays_of_their_split_alone(folder):
 
 
 def test_warnings_are_printed_also_of_the_size(folder, capsys):
-    sources.open_folders(str(folder.parent), ("all",), image_size=(32, 128))
+    sources.open_splits("folder", ("all",), data_dir=folder.parent, image_size=(32, 128))
     assert "warning: " + str(folder) + ": image_size=128x32" in capsys.readouterr().out
 
 
 def test_a_test_folder_alone_is_opened_for_evaluation(folder):
     (folder / "train").rename(folder.parent / "elsewhere")
     with pytest.raises(layout.LayoutError, match="train/good: is missing"):
-        sources.open_folders(str(folder.parent), ("part",))
-    splits = sources.open_folders(str(folder.parent), ("part",), training=False)["part"]
+        open_part(folder)
+    splits = open_part(folder, training=False)
     assert len(input_pipeline.load_arrays(splits.test, (12, 16))["label"]) == 4
     assert len(input_pipeline.load_arrays(splits.train, (12, 16))["label"]) == 0

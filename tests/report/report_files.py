@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 
-from anoseg_jax.evaluation.metrics import METRICS
+from anoseg_jax.evaluation import METRICS
 from anoseg_jax.evaluation.results import mean_of
 
 NUT, WEAVE = "nüt <b>#1 %20", "weave"
@@ -65,14 +65,9 @@ def write_files(workdir):
     np.savez_compressed(nut / "evaluation.npz", **arrays)
     write_csv(nut / "images.csv", IMAGES, has_mask=True)
     line = {"x": [0.0, 0.2, 1.0], "y": [0.0, 0.7, 1.0]}
-    axes = {
-        "roc": ("false_positive_rate", "true_positive_rate"),
-        "pr": ("recall", "precision"),
-        "pro": ("false_positive_rate", "overlap"),
-        "iou": ("threshold", "iou"),
-        "image_roc": ("false_positive_rate", "true_positive_rate"),
-        "image_pr": ("recall", "precision"),
-    }
+    rates, recall = ("false_positive_rate", "true_positive_rate"), ("recall", "precision")
+    axes = {"roc": rates, "image_roc": rates, "pr": recall, "image_pr": recall}
+    axes |= {"pro": ("false_positive_rate", "overlap"), "iou": ("threshold", "iou")}
     curves = {name: {x: line["x"], y: line["y"]} for name, (x, y) in axes.items()}
     (nut / "curves.json").write_text(json.dumps(curves))
     log = [{"step": s, "loss_segmentation": 1 / s, "learning_rate": 1e-3} for s in (1, 2, 3)]

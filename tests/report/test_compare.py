@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawings import draw_squares
 from result_files import write_results
 
-from anoseg_jax.evaluation import evaluate, intervals, metrics, pixel_tables
-from anoseg_jax.evaluation.metrics import METRICS
+from anoseg_jax.evaluation import METRICS, evaluate, intervals, metrics, pixel_tables
 from anoseg_jax.evaluation.results import (
     Evaluation,
     ResultsError,
@@ -27,10 +27,7 @@ def scene(*, noise, n=24, size=(16, 20), seed=0):
     """Returns float32 maps, masks and labels: the first half good, squares in the others."""
     rng = np.random.default_rng(seed)
     masks = np.zeros((n, *size), bool)
-    for mask in masks[n // 2 :]:
-        for _ in range(2):
-            y, x = rng.integers(0, size[0] - 4), rng.integers(0, size[1] - 4)
-            mask[y : y + rng.integers(1, 5), x : x + rng.integers(1, 5)] = True
+    draw_squares(rng, masks[n // 2 :], 5)
     maps = 0.2 + 0.4 * masks + noise * rng.standard_normal(masks.shape)
     return np.clip(maps, 0, 1).astype(np.float32), masks, masks.any(axis=(1, 2))
 

@@ -18,7 +18,7 @@ from report_files import (
     write_csv,
 )
 
-from anoseg_jax.evaluation.metrics import METRICS
+from anoseg_jax.evaluation import METRICS
 from anoseg_jax.evaluation.results import ResultsError
 from anoseg_jax.report import pages, verdicts
 

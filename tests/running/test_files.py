@@ -94,9 +94,7 @@ def run(root, workdir):
     config = tiny_config.get_config()
     config.update({"data_dir": str(root / "data"), "maps_dir": str(root / "maps")})
     config.evaluate.baselines = False
-    splits = sources.open_splits(
-        config.dataset, config.categories, data_dir=config.data_dir, tfds_dir=""
-    )
+    splits = sources.open_splits(config.dataset, config.categories, data_dir=config.data_dir)
     return experiment.run(config, workdir, splits, training=False, command="c")
 
 
