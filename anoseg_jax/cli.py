@@ -18,6 +18,7 @@ from etils.epath import Path
 from ml_collections import config_flags
 
 from anoseg_jax import UsageError, config_files, options
+from anoseg_jax.running import allocator
 
 FLAGS = flags.FLAGS
 PROCESSES = ("distributed", "coordinator", "num_processes", "process_id")
@@ -390,6 +391,7 @@ def complain(error: object, code: int = 2) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the flags, runs a mode, returns the exit code; errors of use are no tracebacks."""
+    allocator.keep_freed_memory()  # before other libraries start threads
     # TensorFlow only reads data here: without its greetings, and its oneDNN is not needed.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
