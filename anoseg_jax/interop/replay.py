@@ -20,7 +20,7 @@ from anoseg_jax.method import losses, train, train_state
 from anoseg_jax.method.train_state import StaticOptions, TrainState
 from anoseg_jax.running import files, versions
 
-FORMAT = "anoseg_jax replay 3"
+FORMAT = "anoseg_jax replay 4"
 
 # What each kind of loss is, for `in_words`.
 SEGMENTATION = {

@@ -168,7 +168,7 @@ def import_checkpoint(path: Path, folder: Path) -> None:
     arrays, metadata = load(path)
     if "config" not in metadata:
         raise WeightsError(f"{path}: no config among its metadata: add that run's config.json")
-    if "memory_bank" not in metadata["config"]:
+    if "position_weight" not in metadata["config"].get("memory_bank", {}):
         raise WeightsError(
             f"{path} was written by an older version of anoseg_jax, which this one cannot read: "
             "train again and export the new weights"

@@ -160,13 +160,12 @@ def mean_over_patches(distances: Array, grid: PatchGrid) -> Array:
     than it is, by half a patch on each side.
     """
     cells = max(1, grid.patch // grid.stride)
+    # Patch i begins (patch - 1) // 2 pixels before pixel i, see embed_patches.
+    offsets = np.arange(cells) - cells // 2
     for axis in (1, 2):
-        # Patch i begins (patch - 1) // 2 pixels before pixel i, see embed_patches.
-        padding = [(0, 0)] * 3
-        padding[axis] = cells // 2, (cells - 1) // 2
-        padded, size = jnp.pad(distances, padding, mode="edge"), distances.shape[axis]
-        slices = [jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(cells)]
-        distances = sum(slices) / cells
+        size = distances.shape[axis]
+        nearby = np.clip(np.arange(size)[:, None] + offsets, 0, size - 1)
+        distances = jnp.take(distances, nearby, axis=axis).mean(axis=axis + 1)
     return distances
 
 

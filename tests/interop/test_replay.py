@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 def test_a_replay_has_the_losses_weights_and_bank_of_fit(folder, tmp_path):
     config = make_config(STEPS)
     written = json.loads((folder / "replay.json").read_text())
-    assert written["format"] == "anoseg_jax replay 3"
+    assert written["format"] == "anoseg_jax replay 4"
     initial, metadata = torch_weights.load(folder / "initial.safetensors")
     assert metadata["config"] == written["config"] == json.loads(config.to_json())
 

@@ -85,9 +85,9 @@ def test_distances_of_the_bank_agree_and_leave_the_image_out(folder):
 
 
 def test_a_replay_of_another_format_is_refused(folder, tmp_path):
-    written = json.loads((folder / "replay.json").read_text()) | {"format": "anoseg_jax replay 2"}
+    written = json.loads((folder / "replay.json").read_text()) | {"format": "anoseg_jax replay 3"}
     (tmp_path / "replay.json").write_text(json.dumps(written))
-    with pytest.raises(ValueError, match="format 'anoseg_jax replay 2', must be"):
+    with pytest.raises(ValueError, match="format 'anoseg_jax replay 3', must be"):
         torch_replay.compare(tmp_path, "float32")
 
 
