@@ -23,7 +23,7 @@ from anoseg_jax.images import batches, input_pipeline
 from anoseg_jax.interop import replay
 from anoseg_jax.method import detector, train
 from anoseg_jax.report import ablation, only_good, pages, pictures
-from anoseg_jax.running import distributed, files, loop, train_log
+from anoseg_jax.running import distributed, files, loop, progress, train_log
 from anoseg_jax.running.checkpoint import Saved
 
 Splits = Any  # data.sources.Splits
@@ -115,7 +115,7 @@ def run_category(
     With `config.maps_dir`, evaluates the maps of another method instead of a model's. Raises
     external_maps.MapsError if these are missing or cannot be used, or `folder` is a model's.
     """
-    settings, images = config.evaluate, None
+    images = None
     if config.maps_dir and (folder / "checkpoints").exists():
         raise external_maps.MapsError(
             f"{folder} is a model's: give the results of maps_dir another --workdir"
@@ -126,7 +126,24 @@ def run_category(
         if splits.validation is not None:
             validation = load_good(splits.validation, config.image_size)["image"]
         model, model_detector = fit(config, folder, images, validation)
+    with progress.waiting(f"evaluating {folder.name}", "usually under half a minute"):
+        return evaluate_category(config, folder, splits, images, model, model_detector)
 
+
+def evaluate_category(
+    config: ConfigDict,
+    folder: Path,
+    splits: Splits,
+    images: np.ndarray | None,
+    model: Any,
+    model_detector: Any,
+) -> tuple[evaluate.Evaluation, dict[str, np.ndarray]]:
+    """Evaluates what `run_category` has trained, or what is in `folder`; returns what it returns.
+
+    `images` are the good training images, uint8 [n, h, w, 3]; None reads them if they are needed.
+    `model` and `model_detector` are for `TrainedModel`.
+    """
+    settings = config.evaluate
     # What the maps come from. A model's options are those that it was trained with.
     if config.maps_dir:
         trained_with = {key: config[key] for key in ("image_size", "held_out", "seed")}
@@ -331,9 +348,10 @@ def run_unit(
             )
             if config.maps_dir:  # of a model, training has written it
                 files.write_text(folder / "config.json", category_config.to_json(indent=2) + "\n")
-            results.write_evaluation(folder, evaluation, arrays, store_maps=store_maps)
-            count = category_config.evaluate.pictures
-            pictures.write_pictures(folder / "pictures", evaluation, arrays, count)
+            with progress.waiting(f"drawing {folder.name}", "usually a few seconds"):
+                results.write_evaluation(folder, evaluation, arrays, store_maps=store_maps)
+                count = category_config.evaluate.pictures
+                pictures.write_pictures(folder / "pictures", evaluation, arrays, count)
         summary = results.summary(folder.name, evaluation.results)
         if only_good.is_only_good(evaluation.results):
             summary = only_good.summary(folder.name, evaluation.results, command)
