@@ -3,7 +3,7 @@
 import ctypes
 
 # Of glibc's malloc.h: parameters of mallopt.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> bool:
@@ -17,5 +17,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
         return False
-    options = {M_ARENA_MAX: 1, M_TRIM_THRESHOLD: 2_000_000_000, M_MMAP_THRESHOLD: 1 << 30}
+    options = {M_TRIM_THRESHOLD: 2_000_000_000, M_MMAP_THRESHOLD: 1 << 30}
     return all([mallopt(option, value) for option, value in options.items()])
