@@ -407,6 +407,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         kept = f". Checkpoints in {FLAGS.workdir} are kept: run again to resume"
         code = complain(f"{error}{kept if FLAGS.mode == 'train' else ''}")
+    except KeyError as error:
+        if not str(error.args[0]).endswith("://"):
+            raise
+        code = complain(  # epath
+            f"paths that begin with {error.args[0]} cannot be read or written: give a local path, "
+            "gs:// or s3://"
+        )
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] not in LEFT_OUT:
             raise

@@ -102,6 +102,7 @@ def write_npz(images: Images, path: str | os.PathLike) -> None:
         arrays |= {key: arrays[key][..., :1] for key in pictures}
     data = io.BytesIO()
     np.savez_compressed(data, **arrays)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     files.write_bytes(Path(path), data.getvalue())
 
 

@@ -157,6 +157,11 @@ def test_a_bucket_that_cannot_be_reached_is_named():
     assert_refused(message, "--mode=report", "--workdir=s3://none", EPATH_USE_TF="1")
 
 
+def test_a_storage_that_does_not_exist_is_named():
+    message = "paths that begin with gss:// cannot be read or written: give a local path, gs:// or"
+    assert not assert_refused(message, "--mode=report", "--workdir=gss://bucket/w") & HEAVY
+
+
 @pytest.mark.parametrize("workdir", ["file", "file/w", "/proc/anoseg"])
 def test_a_folder_that_cannot_be_written_to_is_named(data_dir, workdir):
     (data_dir / "file").touch()
