@@ -67,8 +67,8 @@ def get_config() -> ConfigDict:
     config.weight_decay = 1e-4
     # Of the gradients of each network: anomaly head, reconstructor, discriminator, detector.
     config.clip_norm = 1.0
-    # The discriminator's learning rate, relative to the generator's.
-    config.discriminator_scale = 0.2
+    # The discriminator's learning rate, relative to the generator's: a faster one wins.
+    config.discriminator_scale = 0.02
     # Of the averaged weights that are evaluated: a memory of about 1 / (1 - decay) steps.
     config.ema_decay = 0.998
 

@@ -230,7 +230,11 @@ class Discriminator(nn.Module):
         levels = [nn.leaky_relu(nn.Conv(self.width, (3, 3), dtype=self.dtype)(x), 0.2)]
         for channels in level_widths(self.width, self.depth)[1:]:
             levels.append(ConvBlock(channels, stride=2, dtype=self.dtype)(levels[-1]))
-        logits = nn.Conv(1, (3, 3), dtype=at_least_float32(self.dtype))(levels[-1])[..., 0]
+        # It starts undecided everywhere: random logits would have slopes that the gradient penalty
+        # takes hundreds of steps to flatten.
+        logits = nn.Conv(
+            1, (3, 3), kernel_init=nn.initializers.zeros, dtype=at_least_float32(self.dtype)
+        )(levels[-1])[..., 0]
         return (logits, levels) if features else logits
 
 

@@ -50,6 +50,7 @@ def test_map_and_reconstruction_have_the_size_of_the_image(config, size):
     variables = init(discriminator, images, logits)
     patch_logits, features = discriminator.apply(variables, images, logits, features=True)
     assert patch_logits.shape == (2, size[0] // 4, size[1] // 4)
+    assert not np.any(patch_logits)  # undecided before training
     assert [x.shape[1:3] for x in features] == [(size[0] // n, size[1] // n) for n in (2, 4)]
 
 
