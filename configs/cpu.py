@@ -1,4 +1,4 @@
-"""The same method sized for CPUs: 128x128, about seven minutes a category on two cores.
+"""The same method sized for CPUs: 128x128, about ten minutes a category on two cores.
 
 python launch.py --config=configs/cpu.py:screw --config.data_dir=DIR --workdir=W
 """
@@ -18,7 +18,7 @@ def get_config(categories: str = "all") -> ConfigDict:
     config.detector.width = 16
     config.detector.num_steps = 200
     config.batch_size = 16
-    config.num_steps = 1000
+    config.num_steps = 1500
     config.warmup_steps = 100
     config.checkpoint_every = 200
     config.log_every = 10
