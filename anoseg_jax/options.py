@@ -18,7 +18,7 @@ PATHS = ("data_dir", "tfds_dir", "maps_dir", "resume", "compilation_cache")
 # The values of options that are names. A test holds them to what the method has.
 CHOICES = {
     "dataset": ("folder", "mvtec_ad", "synthetic_ad"),
-    "defects.preset": ("default", "objects", "textures", "paper", "plain"),
+    "defects.preset": ("default", "paper", "plain"),
     "loss.segmentation": ("l1", "bce", "focal"),
     "loss.reconstruction": ("restoration", "masked_l1"),
     "loss.adversarial": ("smoothed_bce", "bce", "hinge"),
@@ -29,7 +29,7 @@ CHOICES = {
 AT_LEAST = {
     "batch_size accumulate num_steps log_every checkpoint_every detector.num_steps model.depth "
     "model.discriminator_depth model.latent detector.latent evaluate.batch_size "
-    "defects.cut_and_paste.regions defects.hard_augmentation.regions defects.scratch.lines": 1,
+    "defects.cut_and_paste.regions defects.hard_augmentation.regions": 1,
     "seed warmup_steps evaluate.pictures weight_decay discriminator_scale loss.gradient_penalty "
     "loss.segmentation_weight loss.reconstruction_weight loss.adversarial_weight "
     "detector.adversarial_weight detector.reconstruction_weight": 0,

@@ -143,12 +143,12 @@ def get_config() -> ConfigDict:
 
     # Synthetic defects (defects.py).
     config.defects = ConfigDict()
-    # "default", "objects" or "textures"; "paper" for hard augmentation alone, "plain" for
-    # cut-and-paste without it (an ablation).
+    # "default": four kinds; "paper": hard augmentation alone; "plain": cut-and-paste without it (an
+    # ablation).
     config.defects.preset = "default"
     # Fraction of the images that are left normal.
     config.defects.normal_fraction = 0.25
-    # Where the background is plain, defects begin on the object (presets "default", "objects").
+    # With preset "default": where the background is plain, defects begin on the object.
     config.defects.on_object = True
     # In all kinds, min_change is in standard deviations of a pixel's surroundings; smaller changes
     # are undone and not marked.
@@ -182,15 +182,6 @@ def get_config() -> ConfigDict:
             "min_change": 0.3,
         }
     )
-    config.defects.scratch = ConfigDict(
-        {
-            "lines": 3,  # at most
-            "length": (0.03, 0.6),  # of the image's shorter side
-            "thickness": (0.006, 0.025),  # likewise
-            "amount": (0.3, 3.0),  # in standard deviations of the surroundings
-            "min_change": 0.3,
-        }
-    )
     config.defects.local_change = ConfigDict(
         {
             "depth": (0.1, 1.5),
@@ -200,29 +191,12 @@ def get_config() -> ConfigDict:
             "min_change": 0.3,
         }
     )
-    config.defects.random_texture = ConfigDict(
-        {
-            "depth": (0.1, 1.2),
-            "softness": 0.7,
-            "amount": (0.5, 8.0),  # contrast of the texture, in that of the surroundings
-            "opacity": (0.2, 1.0),
-            "min_change": 0.3,
-        }
-    )
     config.defects.foreign_structure = ConfigDict(
         {
             "depth": (0.1, 1.2),
             "softness": 0.7,
             "gain": (0.7, 1.5),  # of the structure's contrast
             "min_change": 0.3,
-        }
-    )
-    config.defects.displacement = ConfigDict(
-        {
-            "depth": (0.3, 1.5),
-            "softness": 1.0,
-            "distance": (0.015, 0.08),  # of the image's height
-            "min_change": 0.5,
         }
     )
 

@@ -205,7 +205,7 @@ def test_every_option_is_in_the_configuration_reference_with_its_default():
     assert ("num_steps", str(config.num_steps)) in [row[:2] for row in rows]
     meaning = {name: text for name, _, text in rows}
     assert meaning["held_out"].startswith("Fraction of train/good")
-    assert meaning["defects.scratch.lines"] == "At most."
+    assert meaning["defects.cut_and_paste.regions"] == "At most."
 
 
 def test_the_api_page_has_signatures_and_docstrings():

@@ -96,7 +96,7 @@ def test_errors_of_use_are_one_line_before_jax_is_imported(arguments, message):
         ("seeds=(1,1)", "seeds: 1 is named twice"),
         ("resume=/none", "resume='/none': there is no checkpoint; it is the folder of a category"),
         ("image_size=30", "image_size 30x30 does not fit model.depth=2"),
-        ("defects.preset=hard", "defects.preset='hard' must be one of default, objects"),
+        ("defects.preset=hard", "defects.preset='hard' must be one of default, paper"),
         ("categories=nut", "no category nut in it; categories there: bolt"),
     ],
 )

@@ -13,7 +13,7 @@ compile fast, a defect takes all its random numbers from one draw.
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,9 @@ from anoseg_jax.method.shapes import (
     box_blur,
     channel_max,
     contrast_within,
-    curve,
     draw,
     find_object,
     integer,
-    is_grey,
     jitter_color,
     local_contrast,
     log_uniform,
@@ -42,13 +40,11 @@ from anoseg_jax.method.shapes import (
     rectangle,
     roll,
     rotate,
-    sample,
-    texture,
     tint,
 )
 
 # Options that shape the compiled program: Python integers.
-STATIC_OPTIONS = ("regions", "lines", "grid", "radius")
+STATIC_OPTIONS = ("regions", "grid", "radius")
 
 
 # Lower limit of the contrast that `min_change` is relative to.
@@ -164,31 +160,6 @@ def foreign_texture(
     return visible(image, image + alpha[..., None] * (piece - image), min_change)
 
 
-def scratch(
-    key: Array,
-    image: Array,
-    *,
-    other: Array,
-    allowed_region: Array,
-    lines: int,
-    length: Range,
-    thickness: Range,
-    amount: Range,
-    min_change: Float,
-) -> tuple[Array, Array]:
-    """Draws 1 to `lines` thin bent lines, lighter or darker than the image.
-
-    `length` and `thickness` are those of `curve`, `amount` is that of `tint`.
-    """
-    count, color, uniforms = draw(key, image, (), (5,), (lines, 5))
-    shape = partial(curve, length=length, thickness=thickness)
-    curves = jax.vmap(shape, in_axes=(0, None))(uniforms, allowed_region)
-    drawn = jnp.arange(lines) < 1 + integer(count, lines)
-    alpha = jnp.max(curves * drawn[:, None, None], axis=0)
-    piece = tint(color, image, contrast_within(image, alpha), amount=amount)
-    return visible(image, image + alpha[..., None] * (piece - image), min_change)
-
-
 def local_change(
     key: Array,
     image: Array,
@@ -222,40 +193,6 @@ def local_change(
     return visible(image, image + shapes[..., None] * (piece - image), min_change)
 
 
-def random_texture(
-    key: Array,
-    image: Array,
-    *,
-    other: Array,
-    allowed_region: Array,
-    amount: Range,
-    opacity: Range,
-    min_change: Float,
-    **outline: Any,
-) -> tuple[Array, Array]:
-    """Paints a texture of random spectrum and colours in smooth random shapes.
-
-    It covers the surface, in its colour there or in a random colour, or is added to it. No outside
-    images are needed (DRAEM, Zavrtanik et al., arXiv 2108.07610, takes photographs of textures).
-    `outline` are the options of `blob`; `amount` is the texture's contrast, relative to the
-    image's within the shapes.
-    """
-    shape, spectrum, color, choice, noise = draw(
-        key, image, (BLOB_NUMBERS,), (6,), (7,), (4,), image.shape[:2]
-    )
-    shapes = blob(shape, allowed_region, **outline)
-    grey = is_grey(image)
-    direction = jnp.where(grey | (choice[0] < 0.5), 1.0, 2 * color[:3] - 1)
-    size = contrast_within(image, shapes) * log_uniform(color[6], amount)
-    pattern = size * texture(spectrum, noise - 0.5)[..., None] * direction
-    mean_color = jnp.sum(image * shapes[..., None], (0, 1)) / (jnp.sum(shapes) + 1e-6)
-    random_color = jnp.where(grey, color[3], color[3:6])
-    covering = jnp.where(choice[1] < 0.5, mean_color, random_color)
-    piece = jnp.clip(jnp.where(choice[2] < 0.4, image, covering) + pattern, 0, 1)
-    alpha = between(choice[3], opacity) * shapes
-    return visible(image, image + alpha[..., None] * (piece - image), min_change)
-
-
 def foreign_structure(
     key: Array,
     image: Array,
@@ -284,94 +221,26 @@ def foreign_structure(
     return visible(image, image + shapes[..., None] * (piece - image), min_change)
 
 
-def displacement(
-    key: Array,
-    image: Array,
-    *,
-    other: Array,
-    allowed_region: Array,
-    distance: Range,
-    min_change: Float,
-    **outline: Any,
-) -> tuple[Array, Array]:
-    """Pushes the image aside in smooth random shapes: bent, dented and shifted pieces.
-
-    `distance` is the largest shift, as a fraction of the image's height (log-uniform); `outline`
-    are the options of `blob`.
-    """
-    shape, move = draw(key, image, (BLOB_NUMBERS,), (2,))
-    h, w, _ = image.shape
-    shapes = blob(shape, allowed_region, **outline)
-    shift = shapes * h * log_uniform(move[0], distance)
-    angle = 2 * jnp.pi * move[1]
-    rows = jnp.arange(h)[:, None] + jnp.sin(angle) * shift
-    columns = jnp.arange(w) + jnp.cos(angle) * shift
-    piece = jnp.where((shapes > 0)[..., None], sample(image, rows, columns), image)
-    return visible(image, piece, min_change)
-
-
 # Every kind of defect: `config.defects.<name>` holds its options; the tests run over this dict.
 DEFECTS = {
     "cut_and_paste": cut_and_paste,
     "hard_augmentation": hard_augmentation,
     "foreign_texture": foreign_texture,
-    "scratch": scratch,
     "local_change": local_change,
-    "random_texture": random_texture,
     "foreign_structure": foreign_structure,
-    "displacement": displacement,
 }
 
 
-class Preset(NamedTuple):
-    """How often each kind is drawn, relative to the others; whether defects keep to the object."""
-
-    shares: Mapping[str, float]
-    on_object: bool
-
-
-# Values of `config.defects.preset`.
+# Values of `config.defects.preset`: the kinds that are drawn, each as often as the others.
 PRESETS = {
-    # Some of each, for unknown products.
-    "default": Preset(
-        {
-            "hard_augmentation": 2,
-            "foreign_texture": 2,
-            "scratch": 2,
-            "local_change": 2,
-            "random_texture": 2,
-            "foreign_structure": 2,
-            "displacement": 1,
-        },
-        True,
+    "default": (
+        "hard_augmentation",
+        "foreign_texture",
+        "local_change",
+        "foreign_structure",
     ),
-    # Products with a shape: pieces that are missing, moved or bent, scratches.
-    "objects": Preset(
-        {
-            "hard_augmentation": 3,
-            "foreign_texture": 2,
-            "scratch": 2,
-            "local_change": 1,
-            "random_texture": 1,
-            "foreign_structure": 2,
-            "displacement": 2,
-        },
-        True,
-    ),
-    # Surfaces without a shape: stains, scratches, patches of another grain.
-    "textures": Preset(
-        {
-            "hard_augmentation": 1,
-            "foreign_texture": 2,
-            "scratch": 2,
-            "local_change": 3,
-            "random_texture": 3,
-            "foreign_structure": 2,
-        },
-        False,
-    ),
-    "paper": Preset({"hard_augmentation": 1}, False),
-    "plain": Preset({"cut_and_paste": 1}, False),  # the ablation: no hard augmentation
+    "paper": ("hard_augmentation",),
+    "plain": ("cut_and_paste",),  # the ablation: no hard augmentation
 }
 
 
@@ -379,14 +248,13 @@ def split_options(config_defects: Mapping[str, Any]) -> tuple[FrozenDict, dict[s
     """Splits `config.defects` into static options and arrays, for the kinds that its preset draws.
 
     Returns:
-      The kinds in the order of `DEFECTS` with their static options: hashable, and equal if the
-      compiled program is. Then float32 arrays: "shares" [k] of the kinds in that order,
-      "normal_fraction", "on_object" (1 if preset and config both ask for it, else 0), and
-      "options" by kind and name.
+      The kinds with their static options: hashable, and equal if the compiled program is. Then
+      float32 arrays: "normal_fraction", "on_object" (never with the presets "paper" and "plain"),
+      and "options" by kind and name.
     """
-    preset = PRESETS[config_defects["preset"]]
+    preset = config_defects["preset"]
     static, options = {}, {}
-    for kind in (kind for kind in DEFECTS if kind in preset.shares):
+    for kind in PRESETS[preset]:
         values = config_defects[kind]
         static[kind] = {name: int(values[name]) for name in STATIC_OPTIONS if name in values}
         options[kind] = {
@@ -395,9 +263,8 @@ def split_options(config_defects: Mapping[str, Any]) -> tuple[FrozenDict, dict[s
             if name not in static[kind]
         }
     arrays = {
-        "shares": np.array([preset.shares[kind] for kind in static], np.float32),
         "normal_fraction": np.asarray(config_defects["normal_fraction"], np.float32),
-        "on_object": np.asarray(preset.on_object and config_defects["on_object"], np.float32),
+        "on_object": np.asarray(preset == "default" and config_defects["on_object"], np.float32),
         "options": options,
     }
     return FrozenDict(static), arrays
@@ -433,8 +300,6 @@ def synthesize(
         )
         for name, options in static.items()
     ]
-    ends = jnp.cumsum(arrays["shares"])
-    kind = jnp.sum(kind * ends[-1] >= ends[:-1], dtype=jnp.int32)
-    defective, mask = jax.lax.switch(kind, draws, defect_key, image)
+    defective, mask = jax.lax.switch(integer(kind, len(draws)), draws, defect_key, image)
     normal = normal < arrays["normal_fraction"]
     return jnp.where(normal, image, defective), jnp.where(normal, 0.0, mask)

@@ -249,26 +249,6 @@ def smooth_noise(uniforms: Array, size: tuple[int, int]) -> Array:
     return field / standard_deviation(field)
 
 
-def texture(uniforms: Array, noise: Array) -> Array:
-    """Returns a texture [h, w] of mean 0 and standard deviation 1 with a random power spectrum.
-
-    White noise [h, w] is filtered: to a band of frequencies (a grain of one size, stripes), or by
-    a power law (clouds, dirt). Both are stretched along a random direction. Takes six uniforms.
-    """
-    h, w = noise.shape
-    rows, columns = np.fft.fftfreq(h)[:, None] * h, np.fft.fftfreq(w) * h  # periods per height
-    cos, sin = jnp.cos(jnp.pi * uniforms[0]), jnp.sin(jnp.pi * uniforms[0])
-    along = (cos * columns + sin * rows) * log_uniform(uniforms[1], (1.0, 6.0))
-    frequency = jnp.sqrt(along**2 + (cos * rows - sin * columns) ** 2) + 1e-3
-    octaves = jnp.log(frequency / log_uniform(uniforms[2], (1.5, h / 3)))
-    band = jnp.exp(-0.5 * jnp.square(octaves / between(uniforms[3], (0.15, 1.2))))
-    power_law = frequency ** -between(uniforms[4], (0.5, 2.5))
-    spectrum = jnp.where(uniforms[5] < 0.5, band, power_law)
-    field = jnp.real(jnp.fft.ifft2(jnp.fft.fft2(noise) * spectrum))
-    field -= jnp.mean(field)
-    return field / (standard_deviation(field) + 1e-6)
-
-
 def sample(image: Array, rows: Array, columns: Array) -> Array:
     """Returns the pixels at fractional positions [h, w], by bilinear interpolation: [h, w, c].
 
@@ -301,32 +281,3 @@ def blob(uniforms: Array, allowed_region: Array, *, depth: Range, softness: Floa
     below = log_uniform(uniforms[0], depth)
     edge = below * jnp.maximum(softness * uniforms[1], 0.01)
     return jnp.clip((field - jnp.max(field) + below) / edge, 0, 1)
-
-
-def curve(uniforms: Array, allowed_region: Array, *, length: Range, thickness: Range) -> Array:
-    """Returns the opacity [h, w] in [0, 1] of a thin bent line that starts in a region [h, w].
-
-    Takes five uniforms. `length` and `thickness` are the smallest and largest, as fractions of the
-    image's shorter side, drawn log-uniformly; a line is at least one pixel thick, with edges one
-    pixel soft. It consists of 8 straight segments.
-    """
-    h, w = allowed_region.shape
-    side = min(h, w)
-    start = pick(uniforms[0], allowed_region)
-    angle = 2 * jnp.pi * uniforms[1]
-    along = side * log_uniform(uniforms[2], length) * jnp.stack([jnp.sin(angle), jnp.cos(angle)])
-    bend = between(uniforms[3], (-0.4, 0.4))
-    # Relative to the start: a quadratic Bezier curve, bent towards `control`.
-    control = along / 2 + bend * jnp.stack([along[1], -along[0]])
-    t = np.linspace(0, 1, 8 + 1, dtype=np.float32)[:, None]
-    points = 2 * t * (1 - t) * control + t**2 * along
-    # From each pixel to the nearest segment, [segments, h, w].
-    start_rows, start_columns = (start + points[:-1]).T[..., None, None]
-    down, right = jnp.diff(points, axis=0).T[..., None, None]
-    rows = jnp.arange(h)[:, None] + 0.5 - start_rows
-    columns = jnp.arange(w) + 0.5 - start_columns
-    s = jnp.clip((rows * down + columns * right) / jnp.maximum(down**2 + right**2, 1e-6), 0, 1)
-    squared = (rows - s * down) ** 2 + (columns - s * right) ** 2
-    squared = reduce(jnp.minimum, squared)  # fused into one loop over pixels, unlike jnp.min
-    half = jnp.maximum(side * log_uniform(uniforms[4], thickness), 1.0) / 2
-    return jnp.clip(half + 0.5 - jnp.sqrt(squared), 0, 1)
