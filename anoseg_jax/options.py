@@ -20,8 +20,6 @@ CHOICES = {
     "dataset": ("folder", "mvtec_ad", "synthetic_ad"),
     "defects.preset": ("default", "paper", "plain"),
     "loss.segmentation": ("l1", "bce", "focal"),
-    "loss.reconstruction": ("restoration", "masked_l1"),
-    "loss.adversarial": ("smoothed_bce", "bce", "hinge"),
     "model.dtype": ("float32", "bfloat16"),
     "evaluate.image_score": ("map", "detector"),
 }
@@ -36,7 +34,7 @@ AT_LEAST = {
 }
 POSITIVE = ("learning_rate", "clip_norm", "detector.learning_rate", "max_megapixels")
 FRACTIONS = (
-    "held_out ema_decay defects.normal_fraction evaluate.top_fraction "
+    "held_out ema_decay defects.normal_fraction loss.label_smoothing evaluate.top_fraction "
     "evaluate.pixel_false_positive_rate evaluate.image_false_positive_rate"
 ).split()
 # What all variants of a run share.

@@ -36,42 +36,10 @@ def masked_l1(reconstructions: Tensor, images: Tensor, masks: Tensor) -> Tensor:
     return ((error * normal).sum(dim=(1, 2)) / normal.sum(dim=(1, 2)).clamp(min=1)).mean()
 
 
-def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the mean structural similarity of images in [0, 1], in all 7x7 windows inside them.
-
-    Windows have equal weights. Variances and covariances are divided by 49.
-    """
-    mean_a, mean_b, mean_aa, mean_bb, mean_ab = (
-        F.avg_pool2d(x, 7, stride=1) for x in (a, b, a**2, b**2, a * b)
-    )
-    luminance = (2 * mean_a * mean_b + 1e-4) / (mean_a**2 + mean_b**2 + 1e-4)
-    variances = mean_aa - mean_a**2 + mean_bb - mean_b**2
-    structure = (2 * (mean_ab - mean_a * mean_b) + 9e-4) / (variances + 9e-4)
-    return (luminance * structure).mean()
-
-
-def reconstruction_loss(
-    reconstructions: Tensor, images: Tensor, masks: Tensor, kind: str
-) -> Tensor:
-    """Returns the loss of the reconstruction: "masked_l1", or "restoration" of the whole image."""
-    if kind == "masked_l1":
-        return masked_l1(reconstructions, images, masks)
-    return F.l1_loss(reconstructions, images) + 1 - ssim(reconstructions, images)
-
-
-def adversarial_loss(fake_logits: Tensor, kind: str) -> Tensor:
-    """Returns the generator's side: -log D(fake) for "bce", -D(fake) for "hinge"."""
-    return -fake_logits.mean() if kind == "hinge" else F.softplus(-fake_logits).mean()
-
-
-def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: str) -> Tensor:
-    """Returns the discriminator's side of the adversarial loss."""
-    if kind == "hinge":
-        return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, smoothing: float) -> Tensor:
+    """Returns the binary cross-entropy with targets of 1 - smoothing and smoothing."""
     loss = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
-    if kind == "smoothed_bce":  # targets of 0.9 and 0.1
-        loss = loss + 0.1 * (real_logits.mean() - fake_logits.mean())
-    return loss
+    return loss + smoothing * (real_logits.mean() - fake_logits.mean())
 
 
 def limit_gradients(gradients: Pair) -> tuple[Pair, Tensor]:
@@ -114,10 +82,10 @@ def adversarial_losses(
     `noise` is that of `gradient_penalty`; `loss` are the options `config["loss"]`. With limited
     gradients the first value is not the loss: only its gradients have a meaning.
     """
-    kind, weight = loss["adversarial"], loss["gradient_penalty"]
+    weight = loss["gradient_penalty"]
     fake_logits, real_logits = discriminator(*fake), discriminator(*real)
-    generator_total = adversarial_loss(fake_logits, kind)
-    discriminator_total = discriminator_loss(real_logits, fake_logits, kind)
+    generator_total = F.softplus(-fake_logits).mean()
+    discriminator_total = discriminator_loss(real_logits, fake_logits, loss["label_smoothing"])
     gradients = torch.autograd.grad(generator_total, fake, retain_graph=True)
     limited, norm = limit_gradients(gradients)
     terms = {"loss_adversarial": generator_total, "gradient_norm_adversarial": norm}
@@ -157,9 +125,7 @@ def training_losses(
     terms = {"loss_segmentation": segmentation_loss(logits, masks, loss["segmentation"])}
     total = loss["segmentation_weight"] * terms["loss_segmentation"]
     if loss["reconstruction_weight"]:
-        terms["loss_reconstruction"] = reconstruction_loss(
-            reconstructions, good, masks, loss["reconstruction"]
-        )
+        terms["loss_reconstruction"] = masked_l1(reconstructions, good, masks)
         total = total + loss["reconstruction_weight"] * terms["loss_reconstruction"]
     if not loss["adversarial_weight"]:
         return total, torch.zeros_like(total), terms

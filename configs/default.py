@@ -114,16 +114,14 @@ def get_config() -> ConfigDict:
     # Without both (an ablation) the generator predicts the map from the image alone.
     config.loss = ConfigDict()
     config.loss.segmentation = "focal"  # or "l1", "bce"
-    # "masked_l1": the paper's, outside of the defect; "restoration": the good image under it, too.
-    config.loss.reconstruction = "masked_l1"
-    # The discriminator's labels are smoothed, or it would grow without bound; or "bce", "hinge".
-    config.loss.adversarial = "smoothed_bce"
     config.loss.segmentation_weight = 1.0
     config.loss.reconstruction_weight = 1.0
     # With limit_adversarial, what each example's outputs learn from the discriminator is at most
     # this fraction of what a mean absolute error would teach them: it cannot run away.
     config.loss.adversarial_weight = 0.01
     config.loss.limit_adversarial = True
+    # The discriminator's labels are this far from 0 and 1, or its logits would grow without bound.
+    config.loss.label_smoothing = 0.1
     # Of the discriminator's slope: it keeps a discriminator that wins from growing without bound.
     # 0 switches it off.
     config.loss.gradient_penalty = 1.0

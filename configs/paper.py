@@ -31,7 +31,7 @@ def get_config(argument: str = "all") -> ConfigDict:
     config.defects.preset = "paper"
     config.memory_bank.size = 0
     config.augment.light = 0.0
-    config.loss.adversarial = "bce"
+    config.loss.label_smoothing = 0.0
     config.loss.limit_adversarial = False
     config.loss.gradient_penalty = 0.0
     return config

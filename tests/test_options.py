@@ -84,7 +84,7 @@ def test_options_of_a_category_stand_in_for_those_of_the_run():
         ({"defects.preset": "hard"}, "defects.preset='hard'"),
         ({"defects.hard_augmentation.grid": 40}, "grid=40"),
         ({"loss.segmentation": "dice"}, "loss.segmentation='dice'"),
-        ({"loss.adversarial": "wgan"}, "loss.adversarial='wgan'"),
+        ({"loss.label_smoothing": -0.1}, "loss.label_smoothing=-0.1"),
         ({"model.width": 20}, "model.width=20"),
         ({"detector.width": 20}, "detector.width=20"),
         ({"detector.num_steps": 0}, "detector.num_steps=0"),
@@ -106,7 +106,6 @@ def test_what_cannot_work_is_refused_with_key_value_and_remedy(changes, message)
 def test_the_names_that_options_may_have_are_those_of_the_method():
     assert options.CHOICES["defects.preset"] == tuple(defects.PRESETS)
     assert options.CHOICES["loss.segmentation"] == tuple(losses.SEGMENTATION)
-    assert options.CHOICES["loss.adversarial"] == tuple(losses.ADVERSARIAL)
     assert options.CHOICES["evaluate.image_score"] == evaluate.IMAGE_SCORES
     assert not set(options.CHOICES["dataset"][1:]) - {path.name for path in DATA.iterdir()}
 

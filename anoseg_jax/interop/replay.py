@@ -20,37 +20,14 @@ from anoseg_jax.method import losses, train, train_state
 from anoseg_jax.method.train_state import StaticOptions, TrainState
 from anoseg_jax.running import files, versions
 
-FORMAT = "anoseg_jax replay 4"
+FORMAT = "anoseg_jax replay 5"
 
-# What each kind of loss is, for `in_words`.
+# What each segmentation loss is, for `in_words`.
 SEGMENTATION = {
     "l1": "mean absolute difference of sigmoid(logits) and masks",
     "bce": "mean binary cross-entropy of logits and masks",
     "focal": "4 x the mean focal loss of logits and masks, gamma 2, alpha 0.75 where the mask is 1 "
     "and 0.25 elsewhere",
-}
-RECONSTRUCTION = {
-    "masked_l1": "for each image, mean absolute error of reconstruction and good image over the "
-    "pixels where the mask is 0; then the mean over the images",
-    "restoration": "mean absolute error of reconstructions and good images over all pixels, plus 1 "
-    f"- their mean SSIM: {losses.SSIM_WINDOW}x{losses.SSIM_WINDOW} windows of equal weights, all "
-    "inside the image; variances and covariances divided by the window's pixels; constants 0.01^2 "
-    "and 0.03^2; the mean over windows, channels and images",
-}
-ADVERSARIAL = {
-    "smoothed_bce": (
-        "mean softplus(-fake_logits)",
-        "mean softplus(-real_logits) + mean softplus(fake_logits) + "
-        f"{losses.SMOOTHING:g} x (mean real_logits - mean fake_logits)",
-    ),
-    "bce": (
-        "mean softplus(-fake_logits)",
-        "mean softplus(-real_logits) + mean softplus(fake_logits)",
-    ),
-    "hinge": (
-        "-(mean fake_logits)",
-        "mean relu(1 - real_logits) + mean relu(1 + fake_logits)",
-    ),
 }
 
 
@@ -136,7 +113,10 @@ def losses_in_words(loss: ConfigDict) -> dict[str, str]:
     words = {"loss": total, "loss_segmentation": SEGMENTATION[loss.segmentation]}
     if loss.reconstruction_weight:
         words["loss"] += f" + {loss.reconstruction_weight:g} x loss_reconstruction"
-        words["loss_reconstruction"] = RECONSTRUCTION[loss.reconstruction]
+        words["loss_reconstruction"] = (
+            "for each image, mean absolute error of reconstruction and good image over the pixels "
+            "where the mask is 0; then the mean over the images"
+        )
     if not loss.adversarial_weight:
         return words
     words["loss"] += f" + {loss.adversarial_weight:g} x loss_adversarial"
@@ -145,7 +125,11 @@ def losses_in_words(loss: ConfigDict) -> dict[str, str]:
         "generated: reconstructions, and sigmoid(logits) x (1 - masks), with fake_logits; real: "
         "good images, and maps of zeros, with real_logits"
     )
-    words["loss_adversarial"], words["loss_discriminator"] = ADVERSARIAL[loss.adversarial]
+    words["loss_adversarial"] = "mean softplus(-fake_logits)"
+    words["loss_discriminator"] = (
+        "mean softplus(-real_logits) + mean softplus(fake_logits) + "
+        f"{loss.label_smoothing:g} x (mean real_logits - mean fake_logits)"
+    )
     words["gradient_norm_adversarial"] = (
         "take the gradient of loss_adversarial (weight 1) by the reconstructions and by the maps "
         "of the generated pairs, with the discriminator's weights fixed; the limit is 1 / (b x "

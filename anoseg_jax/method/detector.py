@@ -148,7 +148,7 @@ def loss_fn(
         fake=fake,
         real=real,
         noise=examples.get("noise"),
-        penalty_weight=weights["gradient_penalty"],
+        weights=weights,
     )
     total += weights["adversarial_weight"] * adversarial
     return (total, discriminator_loss), terms | adversarial_terms

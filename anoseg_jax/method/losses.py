@@ -5,7 +5,7 @@ that the mean over devices equals the value of the whole batch. Masks and maps a
 1 = anomalous; in the paper (arXiv 2110.03396) 1 = normal.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,78 +45,25 @@ def masked_l1(*, reconstructions: Array, images: Array, masks: Array) -> Array:
     return jnp.mean(jnp.sum(error * normal, axis=(1, 2)) / jnp.maximum(area, 1.0))
 
 
-SSIM_WINDOW = 7  # pixels a side
-
-
-def ssim(a: Array, b: Array) -> Array:
-    """Returns the mean structural similarity (Wang et al., 2004) of images in [0, 1], a scalar.
-
-    Windows are squares of equal weights, inside the image; [b, h, w, c].
-    """
-
-    def window_mean(x: Array) -> Array:
-        for window in ((1, SSIM_WINDOW, 1, 1), (1, 1, SSIM_WINDOW, 1)):
-            x = jax.lax.reduce_window(x, 0.0, jax.lax.add, window, (1, 1, 1, 1), "VALID")
-        return x / SSIM_WINDOW**2
-
-    mean_a, mean_b = window_mean(a), window_mean(b)
-    variances = window_mean(a * a) - mean_a**2 + window_mean(b * b) - mean_b**2
-    covariance = window_mean(a * b) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-    return jnp.mean(similarity / ((mean_a**2 + mean_b**2 + c1) * (variances + c2)))
-
-
-def restoration(*, reconstructions: Array, images: Array, masks: Array) -> Array:
-    """Mean absolute error plus 1 - SSIM over the whole image: the good image under the defect, too.
-
-    As in DRAEM (Zavrtanik et al., arXiv 2108.07610), with the absolute error in place of the
-    squared one. `masks` are not used.
-    """
-    return jnp.mean(jnp.abs(reconstructions - images)) + 1 - ssim(reconstructions, images)
-
-
-def adversarial_bce(*, fake_logits: Array) -> Array:
-    """The generator's non-saturating loss: -log D(fake) (Goodfellow et al., arXiv 1406.2661)."""
+def network_loss(fake_logits: Array) -> Array:
+    """The network's non-saturating loss: -log D(fake) (Goodfellow et al., arXiv 1406.2661)."""
     return jnp.mean(jax.nn.softplus(-fake_logits))
 
 
-def discriminator_bce(*, real_logits: Array, fake_logits: Array) -> Array:
-    """The discriminator's loss: -log D(real) - log(1 - D(fake))."""
-    return jnp.mean(jax.nn.softplus(-real_logits)) + jnp.mean(jax.nn.softplus(fake_logits))
+def discriminator_loss(
+    *, real_logits: Array, fake_logits: Array, smoothing: Array | float
+) -> Array:
+    """The discriminator's binary cross-entropy, with targets of 1 - smoothing and smoothing.
 
-
-SMOOTHING = 0.1  # how far the targets of `discriminator_smoothed_bce` are from 1 and 0
-
-
-def discriminator_smoothed_bce(*, real_logits: Array, fake_logits: Array) -> Array:
-    """The discriminator's loss with smoothed labels (Salimans et al., arXiv 1606.03498).
-
-    Its targets are 0.9 and 0.1, so that its logits settle at about 2 and -2, also where it can tell
-    every pair.
+    With smoothed labels (Salimans et al., arXiv 1606.03498) its logits do not grow without bound,
+    also where it can tell every pair: with 0.1 they settle at about 2 and -2.
     """
-    loss = discriminator_bce(real_logits=real_logits, fake_logits=fake_logits)
-    return loss + SMOOTHING * (jnp.mean(real_logits) - jnp.mean(fake_logits))
+    loss = jnp.mean(jax.nn.softplus(-real_logits)) + jnp.mean(jax.nn.softplus(fake_logits))
+    return loss + smoothing * (jnp.mean(real_logits) - jnp.mean(fake_logits))
 
 
-def adversarial_hinge(*, fake_logits: Array) -> Array:
-    """The generator's side of the hinge loss (Lim and Ye, arXiv 1705.02894)."""
-    return -jnp.mean(fake_logits)
-
-
-def discriminator_hinge(*, real_logits: Array, fake_logits: Array) -> Array:
-    """The discriminator's side of the hinge loss."""
-    return jnp.mean(jax.nn.relu(1 - real_logits)) + jnp.mean(jax.nn.relu(1 + fake_logits))
-
-
-# What `config.loss.segmentation`, `.reconstruction` and `.adversarial` may name.
+# What `config.loss.segmentation` may name.
 SEGMENTATION = {"l1": segmentation_l1, "bce": segmentation_bce, "focal": segmentation_focal}
-RECONSTRUCTION = {"masked_l1": masked_l1, "restoration": restoration}
-ADVERSARIAL = {
-    "smoothed_bce": (adversarial_bce, discriminator_smoothed_bce),
-    "bce": (adversarial_bce, discriminator_bce),
-    "hinge": (adversarial_hinge, discriminator_hinge),
-}
 
 PENALTY_STEP = 0.05  # standard deviation of the noise of `gradient_penalty`
 
@@ -165,12 +112,10 @@ class Adversarial(NamedTuple):
     """The adversarial loss; hashable.
 
     Attributes:
-      kind: a key of `ADVERSARIAL`.
       limited: whether `limit_gradients` limits what the network learns from the discriminator.
       penalized: whether the discriminator's loss has the `gradient_penalty`.
     """
 
-    kind: str
     limited: bool
     penalized: bool
 
@@ -183,35 +128,35 @@ def adversarial(
     fake: tuple[Array, Array],
     real: tuple[Array, Array],
     noise: Array | None,
-    penalty_weight: Array | float,
+    weights: Mapping[str, Array | float],
 ) -> tuple[Array, Array, dict[str, Array]]:
     """Returns what the network and the discriminator minimise, and the terms by name.
 
     `discriminator_fn` maps parameters, images [b, h, w, 3] and maps [b, h, w] to logits; `fake` and
-    `real` are such pairs of images and maps; `noise` is that of `gradient_penalty`.
+    `real` are such pairs of images and maps; `noise` is that of `gradient_penalty`; `weights` has
+    its weight, `gradient_penalty`, and `label_smoothing`.
     """
-    network_side, discriminator_side = ADVERSARIAL[form.kind]
     fixed = jax.lax.stop_gradient(fake)
     network_fn = partial(discriminator_fn, jax.lax.stop_gradient(params))
-    loss, gradients = jax.value_and_grad(lambda pair: network_side(fake_logits=network_fn(*pair)))(
-        fixed
-    )
+    loss, gradients = jax.value_and_grad(lambda pair: network_loss(network_fn(*pair)))(fixed)
     limited, norm = limit_gradients(gradients)
     terms = {"loss_adversarial": loss, "gradient_norm_adversarial": norm}
     # A function of the fake pair whose gradients are these.
     chosen = limited if form.limited else gradients
-    network_loss = sum(
+    limited_loss = sum(
         jnp.sum(jax.lax.stop_gradient(gradient) * x)
         for gradient, x in zip(chosen, fake, strict=True)
     )
 
     own_fn = partial(discriminator_fn, params)
     fake_logits, real_logits = own_fn(*fixed), own_fn(*real)
-    discriminator_loss = discriminator_side(real_logits=real_logits, fake_logits=fake_logits)
-    terms["loss_discriminator"] = discriminator_loss
+    of_discriminator = discriminator_loss(
+        real_logits=real_logits, fake_logits=fake_logits, smoothing=weights["label_smoothing"]
+    )
+    terms["loss_discriminator"] = of_discriminator
     if form.penalized:
         penalty = gradient_penalty(own_fn, fixed, fake_logits, noise)
         penalty += gradient_penalty(own_fn, real, real_logits, noise)
         terms["loss_penalty"] = penalty
-        discriminator_loss += penalty_weight * penalty
-    return network_loss, discriminator_loss, terms
+        of_discriminator += weights["gradient_penalty"] * penalty
+    return limited_loss, of_discriminator, terms

@@ -123,9 +123,9 @@ def loss_fn(
     terms = {"loss_segmentation": segmentation}
     total = weights["segmentation_weight"] * segmentation
 
-    # Reconstruction of the good image; the paper's is masked: outside of the defects alone.
+    # Reconstruction of the good image, outside of the defects alone.
     if static.reconstruction:
-        terms["loss_reconstruction"] = losses.RECONSTRUCTION[static.reconstruction](
+        terms["loss_reconstruction"] = losses.masked_l1(
             reconstructions=reconstructions, images=good, masks=masks
         )
         total += weights["reconstruction_weight"] * terms["loss_reconstruction"]
@@ -141,7 +141,7 @@ def loss_fn(
         fake=(reconstructions, jax.nn.sigmoid(logits) * (1 - masks)),
         real=(good, jnp.zeros_like(masks)),
         noise=examples.get("noise"),
-        penalty_weight=weights["gradient_penalty"],
+        weights=weights,
     )
     total += weights["adversarial_weight"] * adversarial
     return (total, discriminator_loss), terms | adversarial_terms

@@ -29,7 +29,7 @@ class StaticOptions(NamedTuple):
       generator: the module.
       discriminator: the module.
       segmentation: kind of the segmentation loss.
-      reconstruction: kind of the reconstruction loss; "" if its weight is zero.
+      reconstruction: whether the weight of the reconstruction loss is above zero.
       adversarial: form of the adversarial loss; None if its weight is zero.
       defects: the kinds of defects that are compiled, see `defects.split_options`.
       grid: of the memory bank's patches; None without a bank.
@@ -40,7 +40,7 @@ class StaticOptions(NamedTuple):
     generator: nn.Module
     discriminator: nn.Module
     segmentation: str
-    reconstruction: str
+    reconstruction: bool
     adversarial: Adversarial | None
     defects: FrozenDict
     grid: PatchGrid | None
@@ -53,15 +53,13 @@ OPTIMIZER_OPTIONS = (
     "learning_rate num_steps warmup_steps weight_decay clip_norm discriminator_scale ema_decay"
 ).split()
 LOSS_WEIGHTS = (
-    "segmentation_weight reconstruction_weight adversarial_weight gradient_penalty"
+    "segmentation_weight reconstruction_weight adversarial_weight label_smoothing gradient_penalty"
 ).split()
 
 
 def adversarial_form(loss: Mapping[str, Any], weight: float) -> Adversarial | None:
     """Returns the form of the adversarial loss of `config.loss`; None if its weight is zero."""
-    form = Adversarial(
-        loss["adversarial"], bool(loss["limit_adversarial"]), bool(loss["gradient_penalty"])
-    )
+    form = Adversarial(bool(loss["limit_adversarial"]), bool(loss["gradient_penalty"]))
     return form if weight else None
 
 
@@ -77,7 +75,7 @@ def split_options(config: ConfigDict) -> tuple[StaticOptions, dict[str, Any]]:
         generator=generator,
         discriminator=discriminator,
         segmentation=loss.segmentation,
-        reconstruction=loss.reconstruction if loss.reconstruction_weight else "",
+        reconstruction=bool(loss.reconstruction_weight),
         adversarial=adversarial_form(loss, loss.adversarial_weight),
         defects=static_defects,
         grid=PatchGrid(bank.patch, bank.stride) if bank.size else None,
