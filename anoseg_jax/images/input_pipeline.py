@@ -4,6 +4,7 @@ No other module of anoseg_jax imports TensorFlow at the top of its file. Images 
 until they are on the device.
 """
 
+import collections
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -138,17 +139,25 @@ def train_batches(
     """
     cached = {name: tf.constant(array) for name, array in arrays.items()}
     count = len(next(iter(arrays.values())))
+    closed = False
 
     def orders() -> Iterator[np.ndarray]:
         step = start_step
-        while True:
+        while not closed:
             yield batch_order(count=count, step=step, **order)[rows]
             step += 1
 
     signature = tf.TensorSpec((None,), tf.int64)
     dataset = tf.data.Dataset.from_generator(orders, output_signature=signature)
     gather = lambda rows: {name: tf.gather(x, rows) for name, x in cached.items()}  # noqa: E731
-    return dataset.map(gather).prefetch(2).as_numpy_iterator()
+    batches = dataset.map(gather).prefetch(2).as_numpy_iterator()
+    try:
+        yield from batches
+    finally:
+        # TensorFlow deletes the pipeline with Python's global lock held, and waits for its thread,
+        # which needs that lock to draw an order: up to a minute in which nothing happens.
+        closed = True
+        collections.deque(batches, maxlen=0)
 
 
 def test_batches(arrays: Arrays, batch_size: int) -> Iterator[Arrays]:

@@ -1,5 +1,7 @@
 """From files to batches: sizes, order, and no image is lost."""
 
+import time
+
 import numpy as np
 import pytest
 from drawings import photo, save
@@ -76,6 +78,24 @@ def test_the_pipeline_yields_the_batches_of_numpy_also_when_it_resumes():
             for name in arrays:
                 assert one[name].dtype == arrays[name].dtype
                 np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_closed_batches_leave_no_thread_in_python(monkeypatch):
+    """TensorFlow would wait for it for up to a minute."""
+    drawing, order = [], batches.batch_order
+
+    def slow_order(**options):
+        drawing.append(1)
+        time.sleep(0.05)
+        drawing.pop()
+        return order(**options)
+
+    monkeypatch.setattr(input_pipeline, "batch_order", slow_order)
+    arrays = {"image": np.zeros((5, 4, 4, 3), np.uint8)}
+    pipeline = input_pipeline.train_batches(arrays, 0, batch_size=2, seed=0)
+    next(pipeline)
+    pipeline.close()
+    assert not drawing and not list(pipeline)
 
 
 def test_test_batches_hold_every_image_once():
