@@ -389,6 +389,30 @@ def complain(error: object, code: int = 2) -> int:
     return code
 
 
+def unexpected(error: Exception) -> int:
+    """Returns the exit code after a stop, or an error of storage or of other processes.
+
+    Raises any other error: a bug.
+    """
+    # epath's, before anything is run: jax is not imported for it.
+    if isinstance(error, KeyError) and str(error).endswith("://'"):
+        return complain(
+            f"paths that begin with {error.args[0]} cannot be read or written: give a local path, "
+            "gs:// or s3://"
+        )
+    from anoseg_jax.running import distributed
+
+    if isinstance(error, distributed.Stopped):
+        resume = "Checkpoints are kept. Run the same command again to resume."
+        print(f"{error}. {resume}", file=sys.stderr)
+        return distributed.STOPPED
+    if distributed.is_distributed():
+        return complain(distributed.peer_failed(error), distributed.PEER_FAILED)
+    if type(error).__module__.startswith("tensorflow") and "://" in str(error):
+        return complain(" ".join(str(error).split()))  # a bucket that cannot be reached
+    raise error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the flags, runs a mode, returns the exit code; errors of use are no tracebacks."""
     allocator.keep_freed_memory()  # before other libraries start threads
@@ -407,13 +431,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         kept = f". Checkpoints in {FLAGS.workdir} are kept: run again to resume"
         code = complain(f"{error}{kept if FLAGS.mode == 'train' else ''}")
-    except KeyError as error:
-        if not str(error.args[0]).endswith("://"):
-            raise
-        code = complain(  # epath
-            f"paths that begin with {error.args[0]} cannot be read or written: give a local path, "
-            "gs:// or s3://"
-        )
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] not in LEFT_OUT:
             raise
@@ -422,18 +439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "leaves out: pip install . in a checkout of anoseg_jax"
         )
     except Exception as error:
-        from anoseg_jax.running import distributed
-
-        if isinstance(error, distributed.Stopped):
-            resume = "Checkpoints are kept. Run the same command again to resume."
-            print(f"{error}. {resume}", file=sys.stderr)
-            code = distributed.STOPPED
-        elif distributed.is_distributed():
-            code = complain(distributed.peer_failed(error), distributed.PEER_FAILED)
-        elif type(error).__module__.startswith("tensorflow") and "://" in str(error):
-            code = complain(" ".join(str(error).split()))  # a bucket that cannot be reached
-        else:
-            raise
+        code = unexpected(error)
     if "anoseg_jax.running.distributed" in sys.modules:
         from anoseg_jax.running import distributed
 

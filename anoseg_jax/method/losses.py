@@ -143,20 +143,20 @@ def adversarial(
     terms = {"loss_adversarial": loss, "gradient_norm_adversarial": norm}
     # A function of the fake pair whose gradients are these.
     chosen = limited if form.limited else gradients
-    limited_loss = sum(
+    network_total = sum(
         jnp.sum(jax.lax.stop_gradient(gradient) * x)
         for gradient, x in zip(chosen, fake, strict=True)
     )
 
     own_fn = partial(discriminator_fn, params)
     fake_logits, real_logits = own_fn(*fixed), own_fn(*real)
-    of_discriminator = discriminator_loss(
+    discriminator_total = discriminator_loss(
         real_logits=real_logits, fake_logits=fake_logits, smoothing=weights["label_smoothing"]
     )
-    terms["loss_discriminator"] = of_discriminator
+    terms["loss_discriminator"] = discriminator_total
     if form.penalized:
         penalty = gradient_penalty(own_fn, fixed, fake_logits, noise)
         penalty += gradient_penalty(own_fn, real, real_logits, noise)
         terms["loss_penalty"] = penalty
-        of_discriminator += weights["gradient_penalty"] * penalty
-    return limited_loss, of_discriminator, terms
+        discriminator_total += weights["gradient_penalty"] * penalty
+    return network_total, discriminator_total, terms
