@@ -28,8 +28,9 @@ AT_LEAST = {
     "batch_size accumulate num_steps log_every checkpoint_every detector.num_steps model.depth "
     "model.discriminator_depth model.latent detector.latent evaluate.batch_size "
     "defects.cut_and_paste.regions defects.hard_augmentation.regions": 1,
-    "seed warmup_steps evaluate.pictures weight_decay discriminator_scale loss.gradient_penalty "
-    "loss.segmentation_weight loss.reconstruction_weight loss.adversarial_weight "
+    "seed warmup_steps evaluate.pictures evaluate.threshold_images weight_decay "
+    "discriminator_scale loss.gradient_penalty loss.segmentation_weight "
+    "loss.reconstruction_weight loss.adversarial_weight "
     "detector.adversarial_weight detector.reconstruction_weight": 0,
 }
 POSITIVE = ("learning_rate", "clip_norm", "detector.learning_rate", "max_megapixels")

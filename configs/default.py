@@ -224,8 +224,10 @@ def get_config() -> ConfigDict:
     config.evaluate.top_fraction = 0.001
     # The score that image metrics and verdicts are of: "map", or "detector" (detector.enabled).
     config.evaluate.image_score = "map"
-    # The pixel threshold is what this share of the held-out pixels reaches, the image threshold
-    # what this share of the held-out images reaches.
+    # The pixel threshold is what this share of the pixels of good images reaches, the image
+    # threshold what this share of good images reaches: those held out, and as many of those trained
+    # on (each compared with the patches of other images) as make threshold_images together.
+    config.evaluate.threshold_images = 256
     config.evaluate.pixel_false_positive_rate = 0.001
     config.evaluate.image_false_positive_rate = 0.05
     # Your own thresholds instead of those from held-out images. Pixels: from 0 to 1. Images: on the

@@ -312,7 +312,7 @@ class Predictor:
             raise ValueError("recalibrate needs a list or a folder of photographs of good parts")
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             images = np.stack([loaded.image for loaded in pool.map(self.load, photographs)])
-        made = good_thresholds.calibrate(self.compute, images, self.model.config)
+        made = good_thresholds.calibrate(self.compute, images, config=self.model.config)
         for threshold in made.values():
             threshold["how"] = f"recalibrated: {threshold['how']}"
         model_folder.write_thresholds(self.folder, self.model.weights_sha256, made)

@@ -255,7 +255,9 @@ def make_checkpoint_fn(
             maps, _ = predict_fn(generator, images, outputs=2)
             return maps, detect_fn(params, images, maps)
 
-        calibrated = thresholds.calibrate(maps_and_scores, held_out, config)
+        calibrated = thresholds.calibrate(
+            maps_and_scores, held_out, config=config, what="good images that were held out"
+        )
         return {"thresholds": {"image": calibrated["image"]}}, {}
 
     return on_checkpoint

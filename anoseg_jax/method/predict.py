@@ -102,6 +102,7 @@ def generator_logits(
 def predict_fn(
     variables: Mapping[str, Any],
     images: Array,
+    image_ids: Array | None = None,
     *,
     generator: nn.Module,
     options: BankOptions,
@@ -109,13 +110,14 @@ def predict_fn(
 ) -> tuple[Array, Array, Array]:
     """Returns anomaly maps [b, h, w], image-level scores [b] and reconstructions [b, h, w, 3].
 
-    `images` are uint8 [b, h, w, 3]; for `variables` see `variables_of`. All results are float32.
-    Maps and reconstructions are in [0, 1], the latter clipped to it. Scores (`peak_over_median`)
-    are at least 0.
+    `images` are uint8 [b, h, w, 3]; for `variables` see `variables_of`, for `image_ids`
+    `generator_logits`. All results are float32. Maps and reconstructions are in [0, 1], the latter
+    clipped to it. Scores (`peak_over_median`) are at least 0.
     """
     images = images.astype(jnp.float32) / 255
+    params, bank = variables["params"], variables["memory_bank"]
     logits, reconstructions = generator_logits(
-        variables["params"], variables["memory_bank"], images, generator=generator, options=options
+        params, bank, images, image_ids, generator=generator, options=options
     )
     scores = peak_over_median(logits, top_fraction)
     return nn.sigmoid(logits), scores, jnp.clip(reconstructions, 0, 1)

@@ -53,28 +53,29 @@ def highest_rate(reached: int, count: int, confidence: float = 0.95) -> float:
 
 
 def thresholds_from_good(
-    maps: np.ndarray, scores: np.ndarray, *, pixel_rate: float, image_rate: float
+    maps: np.ndarray, scores: np.ndarray, *, pixel_rate: float, image_rate: float, what: str
 ) -> dict[str, dict[str, Any]]:
-    """Returns thresholds from held-out good images; no defect is needed.
+    """Returns thresholds from good images; no defect is needed.
 
     Args:
-      maps: anomaly maps of the held-out images, float [n, h, w]; n may be 0.
+      maps: anomaly maps of good images, float [n, h, w]; n may be 0.
       scores: their image-level scores, float [n].
       pixel_rate: share of good pixels that may be at or above the pixel threshold.
       image_rate: share of good images that may be at or above the image threshold.
+      what: which images they are, in words.
 
     Returns:
       For "pixel" and "image": `threshold` (`score >= threshold` is defective; None without images),
-      `held_out_rate` (the share that was asked for), `images` and, in words, `how`.
+      `rate` (the share that was asked for), `images` and, in words, `how`.
     """
     thresholds = {}
     for name, values, rate in (("pixel", maps, pixel_rate), ("image", scores, image_rate)):
         count = len(values)
         share = f"{100 * rate:.4g}%"
-        of_these = f"{count} good images that were held out"
+        of_these = f"{count} {what}"
         how = f"at most {share} of {'the pixels of ' if name == 'pixel' else ''}{of_these}"
         if not count:
-            how = "none: too few good images to hold any out (held_out)"
+            how = "none: too few good images"
         threshold = threshold_from_good(values, rate)
         if name == "image" and threshold is not None:
             if count * rate < 1:
@@ -83,7 +84,7 @@ def thresholds_from_good(
             how += f"; of other good images up to {highest_rate(reached, count):.0%} may reach it"
         thresholds[name] = {
             "threshold": threshold,
-            "held_out_rate": rate,
+            "rate": rate,
             "images": count,
             "how": how,
         }
@@ -91,19 +92,21 @@ def thresholds_from_good(
 
 
 def calibrate(
-    predict: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
-    images: np.ndarray,
+    predict: Callable[..., tuple[np.ndarray, np.ndarray]],
+    *arrays: np.ndarray,
     config: Mapping[str, Any],
+    what: str = "good images",
 ) -> dict[str, dict[str, Any]]:
     """Returns the thresholds of a model, see `thresholds_from_good`.
 
-    `predict` maps uint8 images [b, h, w, 3] to anomaly maps and scores; `images` are the held-out
-    ones; `config` has `image_size` and `evaluate`.
+    `predict` maps batches of `arrays`, the first of them uint8 images [b, h, w, 3], to anomaly maps
+    and scores. `config` has `image_size` and `evaluate`.
     """
     maps, scores = [np.zeros((0, *config["image_size"]))], [np.zeros(0)]
     options = config["evaluate"]
-    for start in range(0, len(images), options["batch_size"]):
-        batch_maps, batch_scores = predict(images[start : start + options["batch_size"]])
+    for start in range(0, len(arrays[0]), options["batch_size"]):
+        batch = (array[start : start + options["batch_size"]] for array in arrays)
+        batch_maps, batch_scores = predict(*batch)
         maps.append(batch_maps)
         scores.append(batch_scores)
     return thresholds_from_good(
@@ -111,4 +114,5 @@ def calibrate(
         np.concatenate(scores),
         pixel_rate=options["pixel_false_positive_rate"],
         image_rate=options["image_false_positive_rate"],
+        what=what,
     )

@@ -263,6 +263,31 @@ def split_images(
     return {"image": images[kept], "image_id": image_ids[kept]}, images[held_out]
 
 
+def threshold_images(
+    config: ConfigDict, arrays: Arrays, held_out: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Returns the good images that thresholds are made from, their ids, and words for them.
+
+    The held-out images, then as many of those that are trained on, evenly spaced, as make
+    `config.evaluate.threshold_images` together. Few images are held out, and by a few alone a
+    threshold is luck. By their ids, images that are trained on are compared with the patches of
+    other images (leave-one-out); held-out images have -1. Fewer than four images make none.
+
+    `arrays` and `held_out` are those of `split_images`.
+    """
+    images, image_ids = arrays["image"], arrays["image_id"]
+    count = min(len(images), max(config.evaluate.threshold_images - len(held_out), 0))
+    if len(images) + len(held_out) < 4:
+        count = 0
+    rows = np.linspace(0, len(images) - 1, count).round().astype(int)
+    what = "good images that were held out"
+    if count:
+        what = f"good images ({len(held_out)} that were held out, {count} by leave-one-out)"
+    none = np.full(len(held_out), -1, np.int32)
+    images = np.concatenate([held_out, images[rows]])
+    return images, np.concatenate([none, image_ids[rows]]), what
+
+
 def images_sha256(images: np.ndarray, validation: np.ndarray | None = None) -> str:
     """Returns the hash by which a resumed run recognizes its images."""
     digest = hashlib.sha256(np.ascontiguousarray(images))
@@ -272,25 +297,29 @@ def images_sha256(images: np.ndarray, validation: np.ndarray | None = None) -> s
 
 
 def make_checkpoint_fn(
-    config: ConfigDict, template: TrainState, held_out: np.ndarray, *, panels: bool
+    config: ConfigDict,
+    template: TrainState,
+    arrays: Arrays,
+    held_out: np.ndarray,
+    *,
+    panels: bool,
 ) -> Callable[[TrainState, int], tuple[dict[str, Any], dict[str, np.ndarray]]]:
     """Returns `on_checkpoint` of loop.Training: thresholds, FLOPs, `panels` for TensorBoard.
 
-    Thresholds and panels are made from the held-out images, uint8 [n, h, w, 3]. `template` has the
-    shapes of the state.
+    `arrays` and `held_out` are those of `split_images`. `template` has the shapes of the state.
     """
     static, options = train_state.split_options(config)
     _, step_key = train_state.seed_keys(config.seed)
     predict_fn = predict.sharded_predict_fn(config)
+    good, image_ids, what = threshold_images(config, arrays, held_out)
     shapes = {"params": template.ema, "memory_bank": template.memory_bank}
     # Counted at the first checkpoint: nobody waits for it before the first step.
     flops_per_image = functools.cache(partial(predict.flops_per_image, shapes, config))
 
     def on_checkpoint(state: TrainState, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         variables = predict.replicate({"params": state.ema, "memory_bank": state.memory_bank})
-        calibrated = thresholds.calibrate(
-            partial(predict_fn, variables, outputs=2), held_out, config
-        )
+        predict_good = partial(predict_fn, variables, outputs=2)
+        calibrated = thresholds.calibrate(predict_good, good, image_ids, config=config, what=what)
         additions = {"thresholds": calibrated, "flops_per_image": flops_per_image()}
         if not panels or not len(held_out):
             return additions, {}
@@ -383,9 +412,10 @@ def fit(
     Args:
       config: the options of configs/default.py.
       images: all good images, sorted, uint8 [n, h, w, 3]. A share of them, `config.held_out`, is
-        not trained on: thresholds, which each checkpoint records, are made from it.
+        not trained on: thresholds, which each checkpoint records, are made from it and from
+        `threshold_images`.
       folder: for checkpoints/, train_log.jsonl, config.json, parameters.txt.
-      validation: good images for thresholds, uint8 [n, h, w, 3]: none of `images` are held out.
+      validation: the held-out good images, uint8 [n, h, w, 3]: none of `images` are held out.
       make_batches: `images.batches.train_batches`, or the same as a tf.data pipeline.
       writer: of clu.metric_writers, for TensorBoard; None writes nothing.
 
@@ -414,7 +444,7 @@ def fit(
         learning_rate=partial(train_state.learning_rate_schedule, options=options["optimizer"]),
         check_record=partial(check_images, sha256, folder),
         start=partial(starting_point, config, arrays, sha256),
-        on_checkpoint=make_checkpoint_fn(config, template, held_out, panels=panels),
+        on_checkpoint=make_checkpoint_fn(config, template, arrays, held_out, panels=panels),
         has_data_of=lambda record: record["images_sha256"] == sha256,
     )
     return loop.run(config, folder, training, make_batches=make_batches, writer=writer)

@@ -134,16 +134,16 @@ def threshold_lines(results: Mapping[str, Any]) -> list[str]:
 
 def _in_words(kind: str, recorded: Mapping[str, Any], threshold: Mapping[str, Any]) -> str:
     """Returns why a threshold has its value; `recorded` is the one from good images, if any."""
-    rate, count = recorded.get("held_out_rate"), recorded.get("images")
+    rate, count = recorded.get("rate"), recorded.get("images")
     if rate is None or recorded["threshold"] != threshold["threshold"]:
         return threshold["how"]
     share = Fraction(rate).limit_denominator(10_000)
     share = f"{share.numerator} of {share.denominator:,}"
     if kind == "image":
         if count * rate < 1:
-            return f"above all {count} held-out good photographs, too few to allow {share}"
-        return f"this flags at most {share} good parts, by {count} held-out good photographs"
-    words = f"this marks at most {share} pixels of the {count} held-out good photographs"
+            return f"above all {count} good photographs, too few to allow {share}"
+        return f"this flags at most {share} good parts, by {count} good photographs"
+    words = f"this marks at most {share} pixels of {count} good photographs"
     recall, flagged = recorded.get("recall"), recorded.get("good_images_flagged")
     if recall is not None and flagged is not None:
         words += f"; on test images, {recall:.0%} of the defects' pixels, and at least one pixel "

@@ -176,12 +176,14 @@ def test_pictures_show_best_worst_missed_and_false_alarms(tmp_path):
 def test_thresholds_match_the_requested_rates_on_good_images():
     maps = np.arange(1000.0).reshape(10, 10, 10) / 1000
     chosen = thresholds.thresholds_from_good(
-        maps, maps.max(axis=(1, 2)), pixel_rate=0.01, image_rate=0.2
+        maps, maps.max(axis=(1, 2)), pixel_rate=0.01, image_rate=0.2, what="good images"
     )
     assert np.mean(maps >= chosen["pixel"]["threshold"]) == pytest.approx(0.01)
     assert np.sum(maps.max(axis=(1, 2)) >= chosen["image"]["threshold"]) == 2
     assert chosen["image"]["images"] == 10 and "20%" in chosen["image"]["how"]
-    few = thresholds.thresholds_from_good(maps[:2], np.ones(2), pixel_rate=0.01, image_rate=0.05)
+    few = thresholds.thresholds_from_good(
+        maps[:2], np.ones(2), pixel_rate=0.01, image_rate=0.05, what="good images"
+    )
     assert few["image"]["threshold"] > 1 and "above all 2 good images" in few["image"]["how"]
     # None of 2: a rate of 1 - 0.05 ** (1 / 2) has none with a probability of 5 %.
     assert few["image"]["how"].endswith("up to 78% may reach it")

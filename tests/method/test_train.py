@@ -21,7 +21,7 @@ from killed import Killed, killed_after
 
 from anoseg_jax.deploy.trained_model import TrainedModel
 from anoseg_jax.images import batches
-from anoseg_jax.method import memory_bank, train, train_state
+from anoseg_jax.method import memory_bank, predict, train, train_state
 from anoseg_jax.running import checkpoint, loop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -362,25 +362,47 @@ def test_the_hash_of_a_predictors_weights_covers_average_and_memory_bank(trained
     assert len(hashes) == 3  # the discriminator does not predict
 
 
-def test_recorded_thresholds_are_of_images_that_were_held_out(trained):
-    predictor = TrainedModel(trained[1])
-    _, held_out = batches.hold_out(np.arange(8), fraction=0.4, seed=0)
-    maps, scores = predictor(IMAGES[held_out])
+def test_recorded_thresholds_are_of_good_images_compared_with_other_images(trained):
+    predictor, predict_fn = TrainedModel(trained[1]), predict.sharded_predict_fn(make_config())
+    variables = predict.replicate(predict.variables_of(trained[1].state))
+    # The images are all different: with the ids of those held out, which have no patch in the bank,
+    # it is as without ids.
+    maps, scores = predict_fn(variables, IMAGES, np.arange(8, dtype=np.int32), outputs=2)
+    kept, _ = batches.hold_out(np.arange(8), fraction=0.4, seed=0)
+    assert scores[kept].max() > 1.1 * predictor(IMAGES[kept])[1].max()  # with their own patches
     recorded = predictor.record["thresholds"]
-    assert recorded["pixel"]["images"] == recorded["image"]["images"] == 3
-    # At most 0.1 % of 3072 pixels, and none of three images.
-    assert np.sum(maps >= recorded["pixel"]["threshold"] * (1 + 1e-5)) <= 3
+    assert recorded["pixel"]["images"] == recorded["image"]["images"] == 8
+    # At most 0.1 % of 8192 pixels, and none of eight images.
+    assert np.sum(maps >= recorded["pixel"]["threshold"] * (1 + 1e-5)) <= 8
     assert recorded["image"]["threshold"] == pytest.approx(scores.max(), rel=1e-4)
     other = TrainedModel(trained[1], top_fraction=0.5)
     assert other.record["thresholds"]["image"]["threshold"] is None
     assert predictor.record["thresholds"] == recorded == trained[1].record["thresholds"]
 
 
-def test_validation_images_make_the_thresholds_and_nothing_is_held_out(tmp_path):
+@pytest.mark.parametrize(
+    ("most", "held_out", "rows"),
+    [(0, 2, []), (4, 2, [0, 5]), (9, 2, [0, 1, 2, 3, 4, 5]), (9, 0, [0, 1, 2, 3, 4, 5])],
+)
+def test_thresholds_are_made_from_held_out_images_first(most, held_out, rows):
+    config = make_config(**{"evaluate.threshold_images": most})
+    arrays = {"image": IMAGES[:6], "image_id": np.arange(10, 16, dtype=np.int32)}
+    images, image_ids, what = train.threshold_images(config, arrays, IMAGES[:held_out])
+    np.testing.assert_array_equal(images, IMAGES[[*range(held_out), *rows]])
+    assert image_ids.tolist() == [-1] * held_out + [10 + row for row in rows]
+    assert f"{len(rows)} by leave-one-out" in what or not rows
+
+
+def test_three_good_images_are_too_few_for_thresholds():
+    arrays = {"image": IMAGES[:3], "image_id": np.arange(3, dtype=np.int32)}
+    assert not len(train.threshold_images(make_config(), arrays, IMAGES[:0])[0])
+
+
+def test_validation_images_are_held_out_and_no_other(tmp_path):
     config = tiny_config.get_config("bolt")
     config.memory_bank.size, config.num_steps = 0, 2
     images = np.random.default_rng(0).integers(0, 255, (7, 32, 32, 3), np.uint8)
     saved = train.fit(config, images[:4], tmp_path, validation=images[4:])
-    assert saved.record["thresholds"]["image"]["images"] == 3
+    assert saved.record["thresholds"]["image"]["images"] == 7
     with pytest.raises(loop.TrainingError, match="images_sha256"):
         train.fit(config, images[:4], tmp_path, validation=images[5:])

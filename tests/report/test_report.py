@@ -231,15 +231,15 @@ def test_scores_that_are_not_finite_get_no_verdict(copy):
 @pytest.mark.usefixtures("no_plots")
 def test_recorded_thresholds_decide_and_are_said_once(copy):
     entries = thresholds(image=0.15, region=0.9)
-    held_out = {"how": "unused", "held_out_rate": 0.05, "images": 20}
-    entries["thresholds"]["image"] = held_out | {"threshold": 0.15}
+    recorded = {"how": "unused", "rate": 0.05, "images": 20}
+    entries["thresholds"]["image"] = recorded | {"threshold": 0.15}
     measured = {"recall": 0.5, "good_images_flagged": 0.25}
-    entries["thresholds"]["pixel"] = held_out | measured | {"threshold": 0.2}
+    entries["thresholds"]["pixel"] = recorded | measured | {"threshold": 0.2}
     change_results(copy, NUT, **entries, warnings=["the image threshold is <odd>"])
     pages.write_run(copy)
     page = Page(copy / NUT / "report.html")
     for line in (
-        "defective from 0.15 on: this flags at most 1 of 20 good parts, by 20 held-out good",
+        "defective from 0.15 on: this flags at most 1 of 20 good parts, by 20 good",
         "In new photographs, a pixel is marked from 0.2 on: this marks at most 1 of 20 pixels of",
         "on test images, 50% of the defects' pixels, and at least one pixel on 25% of the good",
         "In the pictures of these results, a pixel is marked from 0.9 on: best IoU.",
@@ -256,12 +256,12 @@ def test_recorded_thresholds_decide_and_are_said_once(copy):
 @pytest.mark.parametrize(
     ("rate", "images", "words"),
     [
-        (0.03, 100, "this flags at most 3 of 100 good parts, by 100 held-out good photographs"),
-        (0.05, 12, "above all 12 held-out good photographs, too few to allow 1 of 20"),
+        (0.03, 100, "this flags at most 3 of 100 good parts, by 100 good photographs"),
+        (0.05, 12, "above all 12 good photographs, too few to allow 1 of 20"),
     ],
 )
 def test_a_threshold_is_explained_by_what_it_flags(rate, images, words):
-    chosen = {"threshold": 4.0, "how": "unused", "held_out_rate": rate, "images": images}
+    chosen = {"threshold": 4.0, "how": "unused", "rate": rate, "images": images}
     results = {"thresholds": {"image": chosen}, "shown_thresholds": {"image": chosen}}
     (line,) = verdicts.threshold_lines(results)
     assert line == f"A photograph counts as defective from 4 on: {words}"
