@@ -204,8 +204,8 @@ def get_config() -> ConfigDict:
     config.augment.flip_vertical = False
     config.augment.rotation = 0.0  # degrees, either way
     config.augment.shift = 0.0  # of height and width, either way
-    # Of gamma and contrast, relative, either way; of brightness and colour less. Photographs of one
-    # part differ from day to day.
+    # Of gamma and contrast, relative, either way; half of it of brightness. Photographs of one part
+    # differ from day to day.
     config.augment.light = 0.1
 
     # By category: options of this file that differ there, for example

@@ -56,18 +56,13 @@ def test_flips_give_the_four_mirror_images_equally_often_and_no_other():
 
 def test_light_changes_what_it_is_named_for_and_stays_in_range():
     grey = jnp.broadcast_to(jnp.linspace(0.25, 0.75, 9)[:, None, None], (9, 9, 3))
-    change = lambda index, size: jnp.zeros(6).at[index].set(size)  # noqa: E731
+    change = lambda index, size: jnp.zeros(3).at[index].set(size)  # noqa: E731
     np.testing.assert_array_equal(augment.relight(change(0, 0.0), grey), grey)
     np.testing.assert_allclose(augment.relight(change(0, np.log(2)), grey), grey**2, rtol=1e-5)
     np.testing.assert_allclose(
         augment.relight(change(1, 0.2), grey), 0.5 + 1.2 * (grey - 0.5), rtol=1e-5
     )
     np.testing.assert_allclose(augment.relight(change(2, 0.2), grey), grey + 0.1, rtol=1e-5)
-    np.testing.assert_array_equal(augment.relight(change(4, 0.2), grey)[..., 1], grey[..., 1])
-    color = 0.5 * grey * jnp.array([1.0, 0.5, 1.0])
-    np.testing.assert_allclose(
-        augment.relight(change(4, 0.2), color)[..., 1], 1.06 * color[..., 1], rtol=1e-5
-    )
     images = np.asarray(draw(options(light=0.5), KEYS, IMAGE))
     assert images.min() >= 0 and images.max() <= 1 and len(np.unique(images[:, 4, 4, 0])) > 200
 
