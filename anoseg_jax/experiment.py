@@ -110,7 +110,7 @@ def run_category(
 
     Returns the evaluation, with baselines on the main process only, and the arrays of its images
     (input_pipeline.load_arrays). These are the test images; without any, the good images that are
-    held out for thresholds, `held_out_images` of the results.
+    held out, `held_out_images` of the results.
 
     With `config.maps_dir`, evaluates the maps of another method instead of a model's. Raises
     external_maps.MapsError if these are missing or cannot be used, or `folder` is a model's.

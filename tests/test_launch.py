@@ -102,7 +102,8 @@ def test_thresholds_come_from_all_good_images(finished):
     bolt = json.loads((workdir / "results.json").read_text())["categories"]["bolt"]
     pixel, image = bolt["thresholds"]["pixel"], bolt["thresholds"]["image"]
     assert pixel["images"] == image["images"] == 6
-    assert "2 that were held out, 4 by leave-one-out" in pixel["how"] and 0 < pixel["threshold"] < 1
+    assert "held out: 2; trained on, by leave-one-out: 4" in pixel["how"]
+    assert 0 < pixel["threshold"] < 1
     assert image["found"] + image["missed"] == image["good_images"] == 3
     assert 0 <= pixel["iou"] <= 1
 

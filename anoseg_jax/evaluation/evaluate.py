@@ -90,8 +90,8 @@ def measure(
       native_masks: masks at the size of their files, bool [h, w] each, in the order of the images.
         If given, the pixel metrics are computed at this size; maps are resized (bilinear).
       native_ignored: likewise the pixels to ignore.
-      pixel_threshold: in place of the one from held-out images, on the scale of the maps.
-      image_threshold: in place of the one from held-out images, on the scale of the scores.
+      pixel_threshold: in place of the one from good images, on the scale of the maps.
+      image_threshold: in place of the one from good images, on the scale of the scores.
     """
     thresholds = select_thresholds(metadata, pixel_threshold, image_threshold)
     pixel_threshold = thresholds["pixel"]["threshold"]
@@ -215,7 +215,7 @@ def evaluate_maps(
     """
     unknown = ("params_sha256", "steps", "train_seconds", "parameters", "flops_per_image")
     metadata = dict.fromkeys(unknown) | {"maps_dir": maps_dir, "map_scale": scale_of(maps)}
-    how = "none: maps_dir has no held-out images; set evaluate.{}_threshold to have one"
+    how = "none: maps_dir has maps of test images alone; set evaluate.{}_threshold to have one"
     metadata["thresholds"] = {
         kind: {"threshold": None, "how": how.format(kind)} for kind in ("pixel", "image")
     }

@@ -61,7 +61,7 @@ def relight(change: Array, image: Array) -> Array:
 
     `change` are three numbers about 0: the logarithm of gamma, the relative change of the contrast,
     and twice that of the brightness. Colours stay: a head that has to ignore changes of 3 % in the
-    gain of a channel does not see faintly coloured defects either (docs/lab/experiments.md, 69).
+    gain of a channel does not see faintly coloured defects either (docs/lab/experiments.md, 70).
     """
     x = jnp.maximum(image, 1e-6) ** jnp.exp(change[0])  # 1e-6: no infinite slope at 0
     mean = jnp.mean(image)

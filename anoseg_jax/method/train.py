@@ -282,7 +282,7 @@ def threshold_images(
     rows = np.linspace(0, len(images) - 1, count).round().astype(int)
     what = "good images that were held out"
     if count:
-        what = f"good images ({len(held_out)} that were held out, {count} by leave-one-out)"
+        what = f"good images (held out: {len(held_out)}; trained on, by leave-one-out: {count})"
     none = np.full(len(held_out), -1, np.int32)
     images = np.concatenate([held_out, images[rows]])
     return images, np.concatenate([none, image_ids[rows]]), what

@@ -319,7 +319,7 @@ def run_steps(
             # Save. All processes predict and save together; orbax lets one of them write.
             if save:
                 seconds = earlier_seconds + time.monotonic() - began
-                with progress.waiting("predicting the held-out images", "compiles once"):
+                with progress.waiting("predicting good images for thresholds", "compiles once"):
                     additions, images = training.on_checkpoint(state, step)
                 record |= additions | {"train_seconds": seconds}
                 saved = checkpoint.save(manager, state, step, config=options_json, record=record)

@@ -390,7 +390,7 @@ def test_thresholds_are_made_from_held_out_images_first(most, held_out, rows):
     images, image_ids, what = train.threshold_images(config, arrays, IMAGES[:held_out])
     np.testing.assert_array_equal(images, IMAGES[[*range(held_out), *rows]])
     assert image_ids.tolist() == [-1] * held_out + [10 + row for row in rows]
-    assert f"{len(rows)} by leave-one-out" in what or not rows
+    assert f"by leave-one-out: {len(rows)})" in what or not rows
 
 
 def test_three_good_images_are_too_few_for_thresholds():
