@@ -226,7 +226,8 @@ def get_config() -> ConfigDict:
     config.evaluate.image_score = "map"
     # The pixel threshold is what this share of the pixels of good images reaches, the image
     # threshold what this share of good images reaches: those held out, and as many of those trained
-    # on (each compared with the patches of other images) as make threshold_images together.
+    # on (each compared with the patches of other images; none without a memory bank) as make
+    # threshold_images together.
     config.evaluate.threshold_images = 256
     config.evaluate.pixel_false_positive_rate = 0.001
     config.evaluate.image_false_positive_rate = 0.05

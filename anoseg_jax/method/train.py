@@ -271,13 +271,15 @@ def threshold_images(
     The held-out images, then as many of those that are trained on, evenly spaced, as make
     `config.evaluate.threshold_images` together. Few images are held out, and by a few alone a
     threshold is luck. By their ids, images that are trained on are compared with the patches of
-    other images (leave-one-out); held-out images have -1. Fewer than four images make none.
+    other images (leave-one-out); held-out images have -1. Without a memory bank they would be
+    judged too well by a head that has seen them, and none is taken. Fewer than four images make no
+    threshold.
 
     `arrays` and `held_out` are those of `split_images`.
     """
     images, image_ids = arrays["image"], arrays["image_id"]
     count = min(len(images), max(config.evaluate.threshold_images - len(held_out), 0))
-    if len(images) + len(held_out) < 4:
+    if not config.memory_bank.size or len(images) + len(held_out) < 4:
         count = 0
     rows = np.linspace(0, len(images) - 1, count).round().astype(int)
     what = "good images that were held out"
