@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 
 def first_allowed(counts: np.ndarray, false_positive_rate: float) -> int:
@@ -89,6 +90,33 @@ def thresholds_from_good(
             "how": how,
         }
     return thresholds
+
+
+def good_images(
+    config: ConfigDict, arrays: Mapping[str, np.ndarray], held_out: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Returns the good images that thresholds are made from, their ids, and words for them.
+
+    The held-out images, then as many of those that are trained on, evenly spaced, as make
+    `config.evaluate.threshold_images` together. Few images are held out, and by a few alone a
+    threshold is luck. By their ids, images that are trained on are compared with the patches of
+    other images (leave-one-out); held-out images have -1. Without a memory bank nothing makes up
+    for a head that has seen them: only held-out images are taken. Fewer than four images make no
+    threshold.
+
+    `arrays` and `held_out` are those of `train.split_images`.
+    """
+    images, image_ids = arrays["image"], arrays["image_id"]
+    count = min(len(images), max(config.evaluate.threshold_images - len(held_out), 0))
+    if not config.memory_bank.size or len(images) + len(held_out) < 4:
+        count = 0
+    rows = np.linspace(0, len(images) - 1, count).round().astype(int)
+    what = "good images that were held out"
+    if count:
+        what = f"good images (held out: {len(held_out)}; trained on, by leave-one-out: {count})"
+    none = np.full(len(held_out), -1, np.int32)
+    images = np.concatenate([held_out, images[rows]])
+    return images, np.concatenate([none, image_ids[rows]]), what
 
 
 def calibrate(

@@ -263,33 +263,6 @@ def split_images(
     return {"image": images[kept], "image_id": image_ids[kept]}, images[held_out]
 
 
-def threshold_images(
-    config: ConfigDict, arrays: Arrays, held_out: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, str]:
-    """Returns the good images that thresholds are made from, their ids, and words for them.
-
-    The held-out images, then as many of those that are trained on, evenly spaced, as make
-    `config.evaluate.threshold_images` together. Few images are held out, and by a few alone a
-    threshold is luck. By their ids, images that are trained on are compared with the patches of
-    other images (leave-one-out); held-out images have -1. Without a memory bank they would be
-    judged too well by a head that has seen them, and none is taken. Fewer than four images make no
-    threshold.
-
-    `arrays` and `held_out` are those of `split_images`.
-    """
-    images, image_ids = arrays["image"], arrays["image_id"]
-    count = min(len(images), max(config.evaluate.threshold_images - len(held_out), 0))
-    if not config.memory_bank.size or len(images) + len(held_out) < 4:
-        count = 0
-    rows = np.linspace(0, len(images) - 1, count).round().astype(int)
-    what = "good images that were held out"
-    if count:
-        what = f"good images (held out: {len(held_out)}; trained on, by leave-one-out: {count})"
-    none = np.full(len(held_out), -1, np.int32)
-    images = np.concatenate([held_out, images[rows]])
-    return images, np.concatenate([none, image_ids[rows]]), what
-
-
 def images_sha256(images: np.ndarray, validation: np.ndarray | None = None) -> str:
     """Returns the hash by which a resumed run recognizes its images."""
     digest = hashlib.sha256(np.ascontiguousarray(images))
@@ -313,7 +286,7 @@ def make_checkpoint_fn(
     static, options = train_state.split_options(config)
     _, step_key = train_state.seed_keys(config.seed)
     predict_fn = predict.sharded_predict_fn(config)
-    good, image_ids, what = threshold_images(config, arrays, held_out)
+    good, image_ids, what = thresholds.good_images(config, arrays, held_out)
     shapes = {"params": template.ema, "memory_bank": template.memory_bank}
     # Counted at the first checkpoint: nobody waits for it before the first step.
     flops_per_image = functools.cache(partial(predict.flops_per_image, shapes, config))
@@ -414,8 +387,8 @@ def fit(
     Args:
       config: the options of configs/default.py.
       images: all good images, sorted, uint8 [n, h, w, 3]. A share of them, `config.held_out`, is
-        not trained on: thresholds, which each checkpoint records, are made from it and from
-        `threshold_images`.
+        not trained on. For the thresholds, which each checkpoint records, see
+        `thresholds.good_images`.
       folder: for checkpoints/, train_log.jsonl, config.json, parameters.txt.
       validation: the held-out good images, uint8 [n, h, w, 3]: none of `images` are held out.
       make_batches: `images.batches.train_batches`, or the same as a tf.data pipeline.

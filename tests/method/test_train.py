@@ -21,7 +21,7 @@ from killed import Killed, killed_after
 
 from anoseg_jax.deploy.trained_model import TrainedModel
 from anoseg_jax.images import batches
-from anoseg_jax.method import memory_bank, predict, train, train_state
+from anoseg_jax.method import memory_bank, predict, thresholds, train, train_state
 from anoseg_jax.running import checkpoint, loop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -387,7 +387,7 @@ def test_recorded_thresholds_are_of_good_images_compared_with_other_images(train
 def test_thresholds_are_made_from_held_out_images_first(most, held_out, rows):
     config = make_config(**{"evaluate.threshold_images": most})
     arrays = {"image": IMAGES[:6], "image_id": np.arange(10, 16, dtype=np.int32)}
-    images, image_ids, what = train.threshold_images(config, arrays, IMAGES[:held_out])
+    images, image_ids, what = thresholds.good_images(config, arrays, IMAGES[:held_out])
     np.testing.assert_array_equal(images, IMAGES[[*range(held_out), *rows]])
     assert image_ids.tolist() == [-1] * held_out + [10 + row for row in rows]
     assert f"by leave-one-out: {len(rows)})" in what or not rows
@@ -395,7 +395,7 @@ def test_thresholds_are_made_from_held_out_images_first(most, held_out, rows):
 
 def test_three_good_images_are_too_few_for_thresholds():
     arrays = {"image": IMAGES[:3], "image_id": np.arange(3, dtype=np.int32)}
-    assert not len(train.threshold_images(make_config(), arrays, IMAGES[:0])[0])
+    assert not len(thresholds.good_images(make_config(), arrays, IMAGES[:0])[0])
 
 
 def test_validation_images_are_held_out_and_no_other(tmp_path):
