@@ -46,9 +46,9 @@ def test_categories_are_picked_by_name():
 
 def test_options_of_a_category_stand_in_for_those_of_the_run():
     config = mvtec.get_config("screw,cable")
-    assert options.of_category(config, "screw").augment.flip_horizontal
-    assert not options.of_category(config, "cable").augment.flip_horizontal
-    assert not config.augment.flip_horizontal
+    assert options.of_category(config, "screw").augment.rotation == 5
+    assert options.of_category(config, "cable").augment.rotation == 0
+    assert config.augment.rotation == 0
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_each_row_of_the_ablation_adds_one_part():
         (defaults.defects.preset, 0.01, 1, True, defaults.memory_bank.size),
     ]
     for screw in screws:
-        assert screw.augment.flip_vertical and not screw.variants and not screw.category_options
+        assert screw.augment.rotation == 5 and not screw.variants and not screw.category_options
         screw.update({"defects": {"preset": "plain"}, "model": {"coords": True}})
         screw.memory_bank.size = 0
         screw.loss = screws[0].loss
