@@ -126,10 +126,10 @@ class Case:
             config, weights, "float32"
         )
 
-    def count_flops(self, function: Callable, *inputs: object, loops: float = 1) -> float:
-        """As models.count_flops, which counts the loop over the images of the fine bank once.
+    def count_flops(self, function: Callable, *inputs: object, loops: float = 1.25) -> float:
+        """As models.count_flops, which counts the loops over the images of the bank once.
 
-        The coarse bank's loop has a quarter of the patches: `loops` of 1.25 is both.
+        The coarse scale's loop has a quarter of the patches: `loops` of 1.25 is both.
         """
         h, w = self.uint8.shape[1:3]
         bank = self.config.memory_bank
@@ -171,7 +171,7 @@ class Case:
             images = twin_images.float() / 255
             return torch_prediction.predict(self.training.generator, images, top_fraction=top)
 
-        flops = self.count_flops(apply, variables, self.uint8, loops=1.25)
+        flops = self.count_flops(apply, variables, self.uint8)
         return lambda: ours(variables, self.uint8), twin, flops
 
     def both_ways(
@@ -207,13 +207,14 @@ class Case:
         good, defective, masks = (self.examples[name] for name in ("good", "defective", "masks"))
         x = models.add_coords(2 * good - 1)
         head_input = jnp.concatenate([x, 2 * defective - 1, 4 * jnp.abs(good - defective)], axis=-1)
-        extra_features = jnp.zeros((*[n // 2 if i else n for i, n in enumerate(masks.shape)], 1))
+        b, h, w = masks.shape
+        extra_features = jnp.zeros((b, h // 2, w // 2, model.distance_scales))
 
         def apply_fn(module: models.nn.Module) -> Callable:
             return lambda params, *inputs: module.apply({"params": params}, *inputs)
 
         contests = self.both_ways(
-            "bank's distances",
+            "bank's fine distances",
             partial(memory_bank.standardized_distances, grid=self.static.grid),
             self.state.memory_bank.fine,
             twin.memory,

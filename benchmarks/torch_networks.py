@@ -46,8 +46,8 @@ def upsample(x: Tensor) -> Tensor:
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Enlarges maps [b, h, w], bilinear, pixel centres at halves."""
-    return F.interpolate(x[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    """Enlarges maps [b, k, h, w], bilinear, pixel centres at halves."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 def truncated_normal(weight: Tensor, scale: float) -> None:
@@ -187,7 +187,7 @@ class AnomalyHead(nn.Module):
             x = block(down(x))
         for conv, block in zip(reduce, self.blocks[bottom:], strict=True):
             x = block(torch.cat([upsample(conv(x)), skips.pop()], dim=1))
-        return resize(output(x)[:, 0], (h, w))
+        return resize(output(x), (h, w))[:, 0]
 
 
 class PatchBank(nn.Module):
@@ -274,11 +274,12 @@ class Generator(nn.Module):
         latent: int,
         coords: bool,
         reconstruct: bool,
+        distance_scales: int,
         memory_bank: Mapping[str, Any],
     ) -> None:
         """`memory_bank` are the options of that name; for the others see models.Generator."""
         super().__init__()
-        self.coords = coords
+        self.coords, self.distance_scales = coords, distance_scales
         self.distance_weights: tuple[float, ...] = ()
         self.memory = self.coarse_memory = None
         if memory_bank["size"]:
@@ -288,24 +289,29 @@ class Generator(nn.Module):
             self.distance_weights = tuple(memory_bank["distance_weights"])
         inputs = 3 + 2 * coords
         self.reconstructor = Reconstructor(inputs, width, depth, latent) if reconstruct else None
-        self.map_head = AnomalyHead(
-            inputs + 6 * reconstruct, width, depth, int(self.memory is not None)
-        )
+        seen = distance_scales if self.memory else 0
+        self.map_head = AnomalyHead(inputs + 6 * reconstruct, width, depth, seen)
 
     def bank_distances(self, images: Tensor, image_ids: Tensor | None = None) -> Tensor | None:
-        """Returns the distances to the memory bank's fine scale; None without a bank.
+        """Returns the distances to the memory bank [b, 2, rows, columns]; None without a bank.
 
-        They are leave-one-out with the `image_ids` of images that may be in the bank.
+        Those to the coarse scale are enlarged. They are leave-one-out with the `image_ids` of
+        images that may be in the bank.
         """
-        return None if self.memory is None else self.memory(images, image_ids)
+        if self.memory is None:
+            return None
+        fine = self.memory(images, image_ids)[:, None]
+        coarse = self.coarse_memory(F.avg_pool2d(images, 2), image_ids)[:, None]
+        return torch.cat([fine, resize(coarse, tuple(fine.shape[2:]))], dim=1)
 
     def forward(
         self, images: Tensor, bank_distances: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Returns the map's logits [b, h, w] and the reconstruction [b, 3, h, w].
 
-        `bank_distances` [b, rows, columns] are a further input of the anomaly head; None where
-        there is no memory bank. Only prediction adds them to the logits (`generator_logits`).
+        The first `distance_scales` of `bank_distances` [b, 2, rows, columns] are a further input of
+        the anomaly head; None where there is no memory bank. Only prediction adds them to the
+        logits (`generator_logits`).
         """
         h, w = images.shape[2:]
         x = 2 * images - 1
@@ -319,7 +325,8 @@ class Generator(nn.Module):
             x = torch.cat([x, 2 * fixed - 1, 4 * (images - fixed).abs()], dim=1)
         extra_features = None
         if bank_distances is not None:
-            extra_features = resize(bank_distances, (h // 2, w // 2))[:, None]  # [b, 1, h/2, w/2]
+            seen = bank_distances[:, : self.distance_scales]
+            extra_features = resize(seen, (h // 2, w // 2))
         return self.map_head(x, extra_features), reconstruction
 
 
@@ -371,7 +378,8 @@ class Detector(nn.Module):
 def create(config: Mapping[str, Any]) -> tuple[Generator, Discriminator]:
     """Returns the generator and discriminator that the options of a config.json describe."""
     loss = config["loss"]
-    options = {name: config["model"][name] for name in ("width", "depth", "latent", "coords")}
+    names = ("width", "depth", "latent", "coords", "distance_scales")
+    options = {name: config["model"][name] for name in names}
     reconstruct = bool(loss["reconstruction_weight"] or loss["adversarial_weight"])
     generator = Generator(reconstruct=reconstruct, memory_bank=config["memory_bank"], **options)
     return generator, create_discriminator(config)

@@ -1,7 +1,6 @@
 """Maps and scores of the networks of torch_networks.py, the same as predict.py here."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch_networks import Detector, Discriminator, Generator, resize
 
@@ -14,12 +13,12 @@ def generator_logits(
     The weighted distances to both scales of the memory bank are added to what the head predicts.
     They are leave-one-out with the `image_ids` of images that may be in the bank.
     """
-    fine = generator.bank_distances(images, image_ids)
-    logits, reconstructions = generator(images, fine)
-    if fine is not None:
-        coarse = generator.coarse_memory(F.avg_pool2d(images, 2), image_ids)
-        for distances, weight in zip((fine, coarse), generator.distance_weights, strict=True):
-            logits = logits + weight * resize(distances, tuple(logits.shape[1:]))
+    distances = generator.bank_distances(images, image_ids)
+    logits, reconstructions = generator(images, distances)
+    if distances is not None:
+        fine, coarse = resize(distances, tuple(logits.shape[1:])).unbind(1)
+        logits = logits + generator.distance_weights[0] * fine
+        logits = logits + generator.distance_weights[1] * coarse
     return logits, reconstructions
 
 

@@ -120,7 +120,7 @@ class Ours:
         )
         kinds = {"outputs": {name: replay.to_nchw(x) for name, x in outputs.items()}}
         if bank_distances is not None:
-            kinds["outputs"]["bank_distances"] = np.asarray(bank_distances)
+            kinds["outputs"]["bank_distances"] = replay.to_nchw(bank_distances)
         losses = {name: float(value) for name, value in metrics.items()}
         return kinds | replay.by_name(self.state, gradients), losses
 

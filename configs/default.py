@@ -80,6 +80,9 @@ def get_config() -> ConfigDict:
     config.model.depth = 5
     # Channels of the reconstruction's bottleneck: few, so that it cannot copy a defect.
     config.model.latent = 32
+    # How many of the memory bank's two scales the anomaly head sees, the finer one first. With both
+    # at 128x128, where the coarser one is a blur, textures are learned by heart (configs/cpu.py).
+    config.model.distance_scales = 2
     # The coordinate channels (an ablation).
     config.model.coords = True
     # "float32" or "bfloat16": of the computation; parameters and losses are always float32.
@@ -108,7 +111,7 @@ def get_config() -> ConfigDict:
     config.memory_bank.position_weight = 3.0
     # Weights of the distances in the logits of the predicted map: half size, quarter size. At
     # 128x128 the former see what the latter see at 256x256 (configs/cpu.py).
-    config.memory_bank.distance_weights = (0.5, 1.0)
+    config.memory_bank.distance_weights = (0.25, 0.5)
 
     # Losses (losses.py). A weight of zero switches the adversarial or the reconstruction loss off.
     # Without both (an ablation) the generator predicts the map from the image alone.
@@ -182,7 +185,7 @@ def get_config() -> ConfigDict:
     )
     config.defects.local_change = ConfigDict(
         {
-            "depth": (0.1, 1.5),
+            "depth": (0.1, 2.5),  # up to half of the image: stains, a part of another colour
             "softness": 1.0,
             "amount": (0.3, 3.0),  # of tint and noise, likewise
             "radius": 3,  # of the blur, in pixels

@@ -73,7 +73,7 @@ def test_the_numbers_are_those_of_the_program():
     assert state + batch <= analysis["arguments"] < 1.1 * state + batch
     assert analysis["temporaries"] <= analysis["memory"] - analysis["arguments"]
     generator, _ = models.create(config.model, config.loss)
-    image, distances = (jax.ShapeDtypeStruct((1, 32, 32, *c), np.float32) for c in ((3,), ()))
+    image, distances = (jax.ShapeDtypeStruct((1, 32, 32, c), np.float32) for c in (3, 2))
     flops = models.count_flops(models.apply_fn(generator), step.params[0], image, distances)
     assert analysis["flops"] > 3 * 8 * flops  # forward, and twice that backward
     program = dry_run.compile_step(step, config).as_text()
@@ -97,7 +97,8 @@ def test_parameters_are_what_is_learned():
     config.memory_bank.size = 0
     without, _ = dry_run.training_steps(config)
     head_input = learned - sum(x.size for x in jax.tree.leaves(without.state.ema))
-    assert head_input == 3 * 3 * config.model.width  # one more channel of the first convolution
+    # The first convolution's channels of the distances.
+    assert head_input == 3 * 3 * config.model.width * config.model.distance_scales
     # Parameters are in the state four times: with their average and Adam's two.
     difference = dry_run.size_of(generator.state) - dry_run.size_of(without.state)
     assert difference == bank + 4 * 4 * head_input

@@ -20,7 +20,7 @@ from anoseg_jax.method import losses, train, train_state
 from anoseg_jax.method.train_state import StaticOptions, TrainState
 from anoseg_jax.running import files, versions
 
-FORMAT = "anoseg_jax replay 5"
+FORMAT = "anoseg_jax replay 6"
 
 # What each segmentation loss is, for `in_words`.
 SEGMENTATION = {
@@ -178,10 +178,10 @@ def in_words(config: ConfigDict) -> dict[str, str]:
     if bank.size:
         words["memory_bank"] = (
             f"{bank.size} patches at each of two scales (generator.memory_bank.fine and .coarse); "
-            "no step changes it. The anomaly head's input has the standardized distances to the "
-            "fine scale, averaged over all patches that contain a pixel, leave-one-out by "
-            "image_ids: the batches have them as bank_distances. Only "
-            "prediction adds the distances of both scales to the logits, times "
+            "no step changes it. The batches have the standardized distances to both as "
+            "bank_distances, averaged over all patches that contain a pixel, those to the coarse "
+            "scale enlarged, leave-one-out by image_ids. The anomaly head's input has the first "
+            f"{config.model.distance_scales} of them. Prediction adds them to the logits, times "
             f"{bank.distance_weights[0]:g} and {bank.distance_weights[1]:g}"
         )
     return words

@@ -181,6 +181,18 @@ def standardized_distances(
     return mean_over_patches(standardized, grid)
 
 
+def bank_distances(
+    bank: MemoryBank, images: Array, image_ids: Array | None = None, *, grid: PatchGrid
+) -> Array:
+    """Returns the `standardized_distances` to both scales: [b, rows, columns, 2].
+
+    The fine scale's, and the coarse scale's enlarged to them.
+    """
+    fine = standardized_distances(bank.fine, images, image_ids, grid=grid)
+    coarse = standardized_distances(bank.coarse, halve(images), image_ids, grid=grid)
+    return jnp.stack([fine, jax.image.resize(coarse, fine.shape, "bilinear")], axis=-1)
+
+
 def split_bank_images(
     image_ids: np.ndarray, *, num_images: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -173,14 +173,15 @@ class Generator(nn.Module):
     latent: int
     coords: bool = True
     reconstruct: bool = True
+    distance_scales: int = 2
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, images: Array, bank_distances: Array | None = None) -> tuple[Array, Array]:
         """Returns the map's logits [b, h, w] and the reconstruction [b, h, w, 3], both float32.
 
-        `bank_distances` [b, rows, columns] (memory_bank.standardized_distances) are a further input
-        of the anomaly head; None without a memory bank.
+        The first `distance_scales` of `bank_distances` [b, rows, columns, 2] (those of
+        memory_bank.bank_distances) are a further input of the anomaly head; None without a bank.
         """
         check_size(images.shape[1:3], self.depth)
         x = 2 * images - 1
@@ -198,8 +199,9 @@ class Generator(nn.Module):
         extra_features = None
         if bank_distances is not None:
             b, h, w = images.shape[:3]
-            extra_features = jax.image.resize(bank_distances, (b, h // 2, w // 2), "bilinear")
-            extra_features = extra_features[..., None]  # [b, h/2, w/2, 1]
+            seen = bank_distances[..., : self.distance_scales]
+            shape = (b, h // 2, w // 2, self.distance_scales)
+            extra_features = jax.image.resize(seen, shape, "bilinear")
         head = AnomalyHead(self.width, self.depth, self.dtype, name="anomaly_head")
         return head(x, extra_features), reconstruction
 
@@ -291,12 +293,15 @@ def create(model: Mapping[str, Any], loss: Mapping[str, Any]) -> tuple[nn.Module
         )
     if model["dtype"] not in ("float32", "bfloat16"):
         raise ValueError(f'model.dtype={model["dtype"]!r} must be "float32" or "bfloat16"')
+    if model["distance_scales"] not in (1, 2):
+        raise ValueError(f"model.distance_scales={model['distance_scales']} must be 1 or 2")
     generator = Generator(
         width=model["width"],
         depth=model["depth"],
         latent=model["latent"],
         coords=model["coords"],
         reconstruct=bool(loss["reconstruction_weight"] or loss["adversarial_weight"]),
+        distance_scales=model["distance_scales"],
         dtype=jnp.dtype(model["dtype"]),
     )
     return generator, create_discriminator(model)

@@ -63,17 +63,14 @@ def peak_over_median(logits: Array, top_fraction: float) -> Array:
     return jnp.mean(pixels[:, -count:], axis=1) - median
 
 
-def add_bank_distances(
-    logits: Array, distances: Sequence[Array], weights: Sequence[float]
-) -> Array:
-    """Returns the logits [b, h, w] plus the weighted distances [b, rows, columns], enlarged.
+def add_bank_distances(logits: Array, distances: Array, weights: Sequence[float]) -> Array:
+    """Returns the logits [b, h, w] plus the weighted distances [b, rows, columns, 2], enlarged.
 
     Only prediction adds them. The head learns without, so that what it learns from synthetic
     defects cannot cancel the evidence of the memory bank.
     """
-    for distance, weight in zip(distances, weights, strict=True):
-        logits += weight * jax.image.resize(distance, logits.shape, "bilinear")
-    return logits
+    weighted = weights[0] * distances[..., 0] + weights[1] * distances[..., 1]
+    return logits + jax.image.resize(weighted, logits.shape, "bilinear")
 
 
 def generator_logits(
@@ -92,11 +89,9 @@ def generator_logits(
     """
     if bank is None:
         return generator.apply({"params": params}, images)
-    measure = partial(memory_bank.standardized_distances, image_ids=image_ids, grid=options.grid)
-    fine = measure(bank.fine, images)
-    coarse = measure(bank.coarse, memory_bank.halve(images))
-    logits, reconstructions = generator.apply({"params": params}, images, fine)
-    return add_bank_distances(logits, (fine, coarse), options.distance_weights), reconstructions
+    distances = memory_bank.bank_distances(bank, images, image_ids, grid=options.grid)
+    logits, reconstructions = generator.apply({"params": params}, images, distances)
+    return add_bank_distances(logits, distances, options.distance_weights), reconstructions
 
 
 def predict_fn(

@@ -214,12 +214,10 @@ def update_players(
 def bank_distances(
     state: TrainState, images: Array, image_ids: Array, *, static: StaticOptions
 ) -> Array | None:
-    """Returns the leave-one-out distances to the memory bank's fine scale; None without a bank."""
+    """Returns the leave-one-out distances to the memory bank; None without a bank."""
     if static.grid is None:
         return None
-    return memory_bank.standardized_distances(
-        state.memory_bank.fine, images, image_ids, grid=static.grid
-    )
+    return memory_bank.bank_distances(state.memory_bank, images, image_ids, grid=static.grid)
 
 
 def train_step(

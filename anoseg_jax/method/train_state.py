@@ -176,7 +176,8 @@ def create_state(
     """Returns the state before the first step, without its memory bank; see `jit_create`."""
     # One dummy image: the parameters do not depend on its content.
     images, maps = jnp.zeros((1, *image_size, 3)), jnp.zeros((1, *image_size))
-    inputs = {"generator": (images, maps if static.grid else None), "discriminator": (images, maps)}
+    distances = jnp.zeros((*maps.shape, 2)) if static.grid else None
+    inputs = {"generator": (images, distances), "discriminator": (images, maps)}
     return TrainState(**create_players(key, static, inputs, options))
 
 

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 def test_a_replay_has_the_losses_weights_and_bank_of_fit(folder, tmp_path):
     config = make_config(STEPS)
     written = json.loads((folder / "replay.json").read_text())
-    assert written["format"] == "anoseg_jax replay 5"
+    assert written["format"] == "anoseg_jax replay 6"
     initial, metadata = torch_weights.load(folder / "initial.safetensors")
     assert metadata["config"] == written["config"] == json.loads(config.to_json())
 
@@ -95,7 +95,7 @@ def test_batches_are_those_of_training_with_image_ids_and_distances(folder):
             "masks": ("float32", (4, 32, 48)),
             "image_ids": ("int32", (4,)),
             "noise": ("float32", (4, 4, 32, 48)),
-            "bank_distances": ("float32", (4, 16, 24)),
+            "bank_distances": ("float32", (4, 2, 16, 24)),
         }
         good = arrays["good"].transpose(0, 2, 3, 1)
         np.testing.assert_allclose(good, batch["image"] / 255, atol=1e-6)

@@ -347,16 +347,17 @@ def test_prediction_adds_the_distances_of_both_scales_to_the_logits():
     marred[:, 12:20, 12:20] = rng.random((2, 8, 8, 3))
     generator = models.Generator(width=8, depth=2, latent=8)
     fine = memory_bank.standardized_distances(bank.fine, marred, grid=GRID)
-    params = jax.jit(generator.init)(jax.random.key(0), marred, fine)["params"]
+    coarse = memory_bank.standardized_distances(bank.coarse, memory_bank.halve(marred), grid=GRID)
+    both = jnp.stack([fine, jax.image.resize(coarse, fine.shape, "bilinear")], axis=-1)
+    params = jax.jit(generator.init)(jax.random.key(0), marred, both)["params"]
     options = predict.BankOptions(GRID, (0.5, 0.25))
     logits_fn = jax.jit(partial(predict.generator_logits, generator=generator, options=options))
     logits, reconstructions = logits_fn(params, bank, marred)
-    trained_logits, expected = jax.jit(generator.apply)({"params": params}, marred, fine)
+    trained_logits, expected = jax.jit(generator.apply)({"params": params}, marred, both)
     np.testing.assert_allclose(reconstructions, expected, atol=1e-5)
     added = np.asarray(logits - trained_logits)
-    coarse = memory_bank.standardized_distances(bank.coarse, memory_bank.halve(marred), grid=GRID)
-    enlarge = lambda x: jax.image.resize(x, added.shape, "bilinear")  # noqa: E731
-    np.testing.assert_allclose(added, 0.5 * enlarge(fine) + 0.25 * enlarge(coarse), atol=1e-4)
+    enlarged = jax.image.resize(both, (*added.shape, 2), "bilinear")
+    np.testing.assert_allclose(added, enlarged @ np.array([0.5, 0.25]), atol=1e-4)
     assert added[:, 14:18, 14:18].min() > added[:, :4].max() + 0.5
 
 

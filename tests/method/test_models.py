@@ -77,25 +77,23 @@ def test_bfloat16_computes_with_float32_parameters_and_outputs(config):
     np.testing.assert_allclose(logits, exact[0], atol=0.3)
 
 
-@pytest.mark.parametrize("with_bank", [True, False])
-def test_the_inputs_of_the_head_are_those_that_are_on(config, with_bank):
+@pytest.mark.parametrize("scales", [0, 1, 2])
+def test_the_inputs_of_the_head_are_those_that_are_on(config, scales):
     """Image, coordinates, reconstruction, its error; distances to the bank at half the size."""
     images = jax.random.uniform(jax.random.key(1), (1, 16, 16, 3))
-    distances = jnp.zeros((1, 8, 8)) if with_bank else None
+    distances = jnp.zeros((1, 8, 8, 2)) if scales else None
 
-    def head_inputs(coords, reconstruct):
-        generator = models.Generator(
-            width=8, depth=2, latent=8, coords=coords, reconstruct=reconstruct
-        )
+    def head_inputs(**parts):
+        generator = models.Generator(width=8, depth=2, latent=8, distance_scales=scales, **parts)
         params = init(generator, images, distances)["params"]
-        assert ("reconstructor" in params) == reconstruct
+        assert ("reconstructor" in params) == parts["reconstruct"]
         kernel, *_ = (x for x in jax.tree.leaves(params["anomaly_head"]) if x.ndim == 4)
         _, reconstructions = generator.apply({"params": params}, images, distances)
-        assert np.array_equal(reconstructions, images) == (not reconstruct)
+        assert np.array_equal(reconstructions, images) == (not parts["reconstruct"])
         return kernel.shape[2]
 
-    assert head_inputs(coords=False, reconstruct=False) == 4 * 3 + with_bank
-    assert head_inputs(coords=True, reconstruct=True) == 4 * (3 + 2 + 3 + 3) + with_bank
+    assert head_inputs(coords=False, reconstruct=False) == 4 * 3 + scales
+    assert head_inputs(coords=True, reconstruct=True) == 4 * (3 + 2 + 3 + 3) + scales
 
 
 def test_losses_of_weight_zero_switch_the_reconstruction_off(config):
@@ -106,17 +104,20 @@ def test_losses_of_weight_zero_switch_the_reconstruction_off(config):
         assert models.create(other.model, other.loss)[0].reconstruct == expected
 
 
-def test_distances_change_the_map_there_and_not_the_reconstruction(config):
-    generator, _ = models.create(config.model, config.loss)
+@pytest.mark.parametrize(("scales", "changed"), [(1, 0), (2, 1)])
+def test_distances_change_the_map_there_and_not_the_reconstruction(config, scales, changed):
+    generator, _ = models.create(config.model.to_dict() | {"distance_scales": scales}, config.loss)
     images = jax.random.uniform(jax.random.key(1), (1, 16, 16, 3))
     apply = jax.jit(generator.apply)
-    low = jnp.zeros((1, 8, 8))
+    low = jnp.zeros((1, 8, 8, 2))
     variables = init(generator, images, low)
-    high = low.at[:, :2].set(5.0)
+    high = low.at[:, :2, :, changed].set(5.0)
     one, other = apply(variables, images, low), apply(variables, images, high)
     difference = np.abs(one[0] - other[0])[0].mean(axis=1)
-    assert difference[:4].mean() > 2 * difference[-4:].mean()
+    assert difference[:4].mean() > 1.3 * difference[-4:].mean()
     np.testing.assert_array_equal(one[1], other[1])
+    unseen = apply(variables, images, low.at[..., scales:].set(5.0))
+    np.testing.assert_array_equal(one[0], unseen[0])
 
 
 def test_the_reconstruction_learns_nothing_from_the_map(config):
@@ -143,6 +144,7 @@ def test_a_size_that_the_depth_does_not_divide_is_refused_with_one_that_fits(siz
         ("width", 12, "multiples of 8"),
         ("dtype", "float16", "bfloat16"),
         ("discriminator_width", 4, "multiples of 8"),
+        ("distance_scales", 3, "1 or 2"),
     ],
 )
 def test_an_impossible_network_is_refused(config, key, value, message):

@@ -139,7 +139,7 @@ def test_a_checkpoint_of_an_older_version_is_refused_in_one_line(directory):
     """Before its options are compared and its arrays are read: both have changed."""
     path = directory / "4" / "record" / "metadata"
     record = json.loads(path.read_text())
-    assert record.pop("format") == 3
+    assert record.pop("format") == 4
     for older in (record, record | {"format": 2}):
         path.write_text(json.dumps(older))
         with pytest.raises(checkpoint.CheckpointError) as caught:
