@@ -72,14 +72,14 @@ def test_distances_of_the_bank_agree_and_leave_the_image_out(folder):
     distances = generator.bank_distances(defective, image_ids)
     np.testing.assert_allclose(distances.numpy(), batch["bank_distances"], rtol=1e-3, atol=1e-3)
     good = tensor(batch["good"])
-    patch_image_ids = generator.memory.source
-    in_bank = torch.isin(image_ids, patch_image_ids)
+    in_bank = torch.isin(image_ids, generator.memory.source)
     assert in_bank.any()
     to_all = generator.bank_distances(good)[in_bank]
     to_others = generator.bank_distances(good, image_ids)[in_bank]
     assert bool((to_others >= to_all).all()) and not torch.equal(to_others, to_all)
     # With one image in the bank nothing is left out.
-    patch_image_ids.fill_(7)
+    for bank in (generator.memory, generator.coarse_memory):
+        bank.source.fill_(7)
     of_one_image = generator.bank_distances(good, torch.full((len(good),), 7))
     assert torch.equal(of_one_image, generator.bank_distances(good))
 
