@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from configs import default
 
-# Parts that lie in any orientation may be turned and moved a little. Parts that lie alike are told
-# from each other less well if they are (pill: AP 0.66 to 0.60). No category is flipped: light and
-# shadows do not flip with the part, nor does the thread of a screw, and the memory bank is of
-# images as they are (docs/lab/experiments.md, 75 and 76).
+# Parts that lie in any orientation are turned and moved a little; parts that lie alike lose by it
+# (pill: AP 0.66 to 0.60). No category is flipped: light and shadows do not flip with the part, nor
+# does the thread of a screw, and the memory bank is of images as they are
+# (docs/lab/experiments.md, 75 and 76).
 ANY_ORIENTATION = ("hazelnut", "metal_nut", "screw")
 CATEGORIES = (
     *("bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut"),
