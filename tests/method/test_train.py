@@ -32,6 +32,7 @@ KEY = jax.random.key(7)
 def make_config(**changes):
     config = tiny_config.get_config("bolt")
     config.augment.flip_horizontal = True
+    config.memory_bank.distance_weights = (0.5, 1.0)  # enough to see in scores of six steps
     config.update_from_flattened_dict(changes)
     return config
 
@@ -372,8 +373,7 @@ def test_recorded_thresholds_are_of_good_images_compared_with_other_images(train
     # it is as without ids.
     maps, scores = predict_fn(variables, IMAGES, np.arange(8, dtype=np.int32), outputs=2)
     kept, _ = batches.hold_out(np.arange(8), fraction=0.4, seed=0)
-    with_own_patches = predictor(IMAGES[kept])[1]
-    assert np.abs(scores[kept] - with_own_patches).max() > 0.1
+    assert scores[kept].max() > 1.1 * predictor(IMAGES[kept])[1].max()  # with their own patches
     recorded = predictor.record["thresholds"]
     assert recorded["pixel"]["images"] == recorded["image"]["images"] == 8
     # At most 0.1 % of 8192 pixels, and none of eight images.
