@@ -52,7 +52,7 @@ def main(_):
     timed = [
         (
             seconds(step, state, batch, step_key, arrays),
-            seconds(make_examples, step_key, batch, arrays),
+            seconds(make_examples, step_key, batch, arrays, state.memory_bank),
         )
         for _ in range(REPEATS.value + 1)
     ]

@@ -287,10 +287,21 @@ class Generator(nn.Module):
             options = {name: memory_bank[name] for name in names}
             self.memory, self.coarse_memory = PatchBank(**options), PatchBank(**options)
             self.distance_weights = tuple(memory_bank["distance_weights"])
+            self.register_buffer("brightness", torch.zeros(()))  # mean of the good images
         inputs = 3 + 2 * coords
         self.reconstructor = Reconstructor(inputs, width, depth, latent) if reconstruct else None
         seen = distance_scales if self.memory else 0
         self.map_head = AnomalyHead(inputs + 6 * reconstruct, width, depth, seen)
+
+    def match_brightness(self, images: Tensor) -> Tensor:
+        """Scales each image so that its mean is that of the good images; unchanged without a bank.
+
+        The factor is from 0.5 to 2, and the result is clipped to [0, 1].
+        """
+        if self.memory is None:
+            return images
+        means = images.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
+        return (images * (self.brightness / means).clamp(0.5, 2)).clamp(0, 1)
 
     def bank_distances(self, images: Tensor, image_ids: Tensor | None = None) -> Tensor | None:
         """Returns the distances to the memory bank [b, 2, rows, columns]; None without a bank.

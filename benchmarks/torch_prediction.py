@@ -35,9 +35,10 @@ def predict(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns anomaly maps [b, h, w], image-level scores [b], reconstructions [b, 3, h, w].
 
-    The scores are `peak_over_median`; `top_fraction` is `config["evaluate"]["top_fraction"]`.
+    `images` are [b, 3, h, w] in [0, 1], of any brightness. The scores are `peak_over_median`;
+    `top_fraction` is `config["evaluate"]["top_fraction"]`.
     """
-    logits, reconstructions = generator_logits(generator, images)
+    logits, reconstructions = generator_logits(generator, generator.match_brightness(images))
     scores = peak_over_median(logits, top_fraction)
     return logits.sigmoid(), scores, reconstructions.clamp(0, 1)
 
@@ -49,7 +50,7 @@ def detect(
     """Returns the image-level detector's scores [b].
 
     A score is the distance of the observed pair from the reconstructed one in the discriminator's
-    features.
+    features. `images` are of the brightness of the good images (`Generator.match_brightness`).
     """
     observed = discriminator.features(images, maps)
     reconstructed = discriminator.features(*detector(images, maps))

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from category_arrays import Images
 from flax import linen as nn
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 
 from anoseg_jax.evaluation import evaluate, metrics
 from anoseg_jax.images import batches
-from anoseg_jax.method import models, predict, train, train_state
+from anoseg_jax.method import memory_bank, models, predict, train, train_state
 from anoseg_jax.running import loop, progress
 
 FETCHED_STEPS = 50  # whose metrics are fetched together: each transfer holds up the device
@@ -62,7 +61,7 @@ def logits_fn(
     top_fraction: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the logits of the maps [b, h, w], weighted distances added, and the scores [b]."""
-    images = images.astype(jnp.float32) / 255
+    images = memory_bank.to_float(images, variables["memory_bank"])
     logits, _ = predict.generator_logits(
         variables["params"], variables["memory_bank"], images, generator=generator, options=options
     )

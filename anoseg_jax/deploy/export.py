@@ -56,7 +56,11 @@ def export_fn(folder: Path) -> ExportFn:
     if config["evaluate"]["image_score"] != "detector":
         return maps_and_scores
     saved = checkpoint.restore_newest(folder / "detector" / "checkpoints")
-    params = {"detector": saved.state["ema"], "discriminator": saved.state["discriminator"]}
+    params = {
+        "detector": saved.state["ema"],
+        "discriminator": saved.state["discriminator"],
+        "memory_bank": variables["memory_bank"],
+    }
     detector, discriminator = models.create_detector(config["model"], config["detector"])
 
     def maps_and_detector_scores(images: Array) -> tuple[Array, Array]:

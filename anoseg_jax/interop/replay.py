@@ -20,7 +20,7 @@ from anoseg_jax.method import losses, train, train_state
 from anoseg_jax.method.train_state import StaticOptions, TrainState
 from anoseg_jax.running import files, versions
 
-FORMAT = "anoseg_jax replay 6"
+FORMAT = "anoseg_jax replay 7"
 
 # What each segmentation loss is, for `in_words`.
 SEGMENTATION = {
@@ -178,7 +178,8 @@ def in_words(config: ConfigDict) -> dict[str, str]:
     if bank.size:
         words["memory_bank"] = (
             f"{bank.size} patches at each of two scales (generator.memory_bank.fine and .coarse); "
-            "no step changes it. The batches have the standardized distances to both as "
+            "no step changes it. Before augmentation, the good images were scaled to the mean "
+            "generator.brightness. The batches have the standardized distances to both scales as "
             "bank_distances, averaged over all patches that contain a pixel, those to the coarse "
             "scale enlarged, leave-one-out by image_ids. The anomaly head's input has the first "
             f"{config.model.distance_scales} of them. Prediction adds them to the logits, times "
@@ -206,7 +207,7 @@ def export(config: ConfigDict, images: np.ndarray, folder: Path) -> None:
     for number, batch in zip(range(1, config.num_steps + 1), train_batches, strict=False):
         # As in train.train_step, but the examples are fetched before the step runs on them.
         key = jax.random.fold_in(step_key, number - 1)
-        examples = train.jitted_make_examples(key, batch, options, static=static)
+        examples = train.jitted_make_examples(key, batch, options, state.memory_bank, static=static)
         examples["bank_distances"] = bank_distances(
             state, examples["defective"], examples["image_ids"]
         )

@@ -37,6 +37,7 @@ NAMES = (
     (r"\banomaly_head\b", "map_head"),
     (r"\bmemory_bank\.fine\b", "memory"),
     (r"\bmemory_bank\.coarse\b", "coarse_memory"),
+    (r"\bmemory_bank\.brightness\b", "brightness"),
     (r"\.patch_image_ids$", ".source"),
     (r"\.position_scale$", ".place"),
     (r"\.distance_mean$", ".centre"),

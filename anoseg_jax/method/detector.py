@@ -20,7 +20,16 @@ from ml_collections import ConfigDict
 
 from anoseg_jax import UsageError
 from anoseg_jax.images import batches
-from anoseg_jax.method import augment, losses, models, predict, thresholds, train, train_state
+from anoseg_jax.method import (
+    augment,
+    losses,
+    memory_bank,
+    models,
+    predict,
+    thresholds,
+    train,
+    train_state,
+)
 from anoseg_jax.method.predict import BankOptions
 from anoseg_jax.method.train import Axis
 from anoseg_jax.method.train_state import Arrays, Options
@@ -107,7 +116,7 @@ def make_examples(
     images to be scored later are not. `options` also has the generator's `params` and
     `memory_bank`.
     """
-    images = batch["image"].astype(jnp.float32) / 255
+    images = memory_bank.to_float(batch["image"], options["memory_bank"])
     keys = train.example_keys(key, len(images), axis_name)
     augment_keys, noise_keys = jax.vmap(jax.random.split)(keys).swapaxes(0, 1)
     images = jax.vmap(partial(augment.augment, **options["augment"]))(augment_keys, images)
@@ -201,7 +210,11 @@ def flops_per_image(static: StaticOptions, state: DetectorState, size: tuple[int
     """Returns the floating-point operations of one image's score, without those of its map."""
     images = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     maps = jax.ShapeDtypeStruct((1, *size), jnp.float32)
-    params = {"detector": state.detector, "discriminator": state.discriminator}
+    params = {
+        "detector": state.detector,
+        "discriminator": state.discriminator,
+        "memory_bank": None,
+    }
     score = partial(predict.detect_fn, detector=static.detector, discriminator=static.discriminator)
     return models.count_flops(score, params, images, maps)
 
@@ -249,7 +262,12 @@ def make_checkpoint_fn(
 
     def on_checkpoint(state: DetectorState, _: int) -> tuple[dict[str, Any], dict]:
         generator = predict.replicate(variables)
-        params = predict.replicate({"detector": state.ema, "discriminator": state.discriminator})
+        params = {
+            "detector": state.ema,
+            "discriminator": state.discriminator,
+            "memory_bank": variables["memory_bank"],
+        }
+        params = predict.replicate(params)
 
         def maps_and_scores(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             maps, _ = predict_fn(generator, images, outputs=2)

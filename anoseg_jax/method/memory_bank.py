@@ -21,6 +21,7 @@ from jax import Array
 from threadpoolctl import threadpool_limits
 
 CLIP = (-3.0, 10.0)  # of standardized distances: one patch must not outweigh all others
+MAX_EXPOSURE = 2.0  # largest factor by which images are made brighter
 # Differences of large numbers: products in float32, also where the default is TF32 or bfloat16.
 _exact_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -62,15 +63,20 @@ class PatchBank:
 
 @flax.struct.dataclass
 class MemoryBank:
-    """Patches at half the image's size (`fine`) and at a quarter (`coarse`)."""
+    """Patches at half the image's size (`fine`) and at a quarter (`coarse`), and `brightness`.
+
+    The latter is the mean of all good images that are trained on, float32 in [0, 1].
+    """
 
     fine: PatchBank
     coarse: PatchBank
+    brightness: Array
 
 
 def from_dicts(saved: Mapping[str, Any] | None) -> MemoryBank | None:
     """Returns the bank of a checkpoint's nested dicts; None if it has none."""
-    return saved and MemoryBank(**{scale: PatchBank(**saved[scale]) for scale in saved})
+    scales = ("fine", "coarse")
+    return saved and MemoryBank(**(saved | {scale: PatchBank(**saved[scale]) for scale in scales}))
 
 
 def template(options: Mapping[str, Any], channels: int = 3) -> MemoryBank:
@@ -87,7 +93,24 @@ def template(options: Mapping[str, Any], channels: int = 3) -> MemoryBank:
         distance_mean=shape(),
         distance_std=shape(),
     )
-    return MemoryBank(fine=scale, coarse=scale)
+    return MemoryBank(fine=scale, coarse=scale, brightness=shape())
+
+
+def match_brightness(images: Array, brightness: Array) -> Array:
+    """Scales each image [b, h, w, 3] so that its mean is `brightness`, then clips to [0, 1].
+
+    Photographs of one part differ in exposure, which is no defect. The factor is at most
+    MAX_EXPOSURE, at least its reciprocal.
+    """
+    means = jnp.mean(images, axis=(1, 2, 3), keepdims=True)
+    factors = brightness / jnp.maximum(means, 1e-6)
+    return jnp.clip(images * jnp.clip(factors, 1 / MAX_EXPOSURE, MAX_EXPOSURE), 0, 1)
+
+
+def to_float(images: Array, bank: MemoryBank | None) -> Array:
+    """Returns uint8 images as float32 in [0, 1]; with a bank, as bright as its good images."""
+    images = images.astype(jnp.float32) / 255
+    return images if bank is None else match_brightness(images, bank.brightness)
 
 
 def halve(images: Array) -> Array:
@@ -214,7 +237,13 @@ def split_bank_images(
 
 @partial(jax.jit, static_argnames=("grid", "components", "halvings"))
 def _embed_candidates(
-    images: Array, chosen: Array, *, grid: PatchGrid, components: int, halvings: int
+    images: Array,
+    chosen: Array,
+    brightness: Array,
+    *,
+    grid: PatchGrid,
+    components: int,
+    halvings: int,
 ) -> tuple[Array, ...]:
     """Returns mean, basis and total variance of chosen descriptors, their codes and positions.
 
@@ -224,7 +253,7 @@ def _embed_candidates(
 
     def embed_chosen(args: tuple[Array, Array]) -> tuple[Array, Array]:
         image, index = args
-        image = image[None].astype(jnp.float32) / 255
+        image = match_brightness(image[None].astype(jnp.float32) / 255, brightness)
         for _ in range(halvings):
             image = halve(image)
         x, positions = embed_patches(image, grid)
@@ -297,10 +326,16 @@ def build(
     in_bank, in_calibration = split_bank_images(
         image_ids, num_images=options["num_bank_images"], seed=seed
     )
-    scales, calibration = [], np.float32(images[in_calibration]) / 255
+    distinct = np.unique(image_ids, return_index=True)[1]
+    means = np.mean(images, axis=(1, 2, 3), dtype=np.float64) / 255
+    brightness = np.float32(means[distinct].mean())
+    calibration = np.float32(images[in_calibration]) / 255
+    scales, calibration = [], jax.jit(match_brightness)(calibration, brightness)
     for halvings in (0, 1):
         rng = np.random.default_rng([seed, 0, 3 + halvings])
-        bank = _candidates(rng, images[in_bank], image_ids[in_bank], options, halvings=halvings)
+        bank = _candidates(
+            rng, images[in_bank], image_ids[in_bank], brightness, options, halvings=halvings
+        )
         with threadpool_limits(1):  # thousands of small products: threads would wait for each other
             chosen = k_center_greedy(bank.patches, options["size"])
         bank = bank.replace(
@@ -309,13 +344,14 @@ def build(
         scaled = jax.jit(halve)(calibration) if halvings else calibration
         others = scaled if len(np.unique(image_ids)) > 1 else None
         scales.append(_calibrate(bank, others, grid=grid))
-    return MemoryBank(fine=scales[0], coarse=scales[1])
+    return MemoryBank(*scales, brightness=brightness)
 
 
 def _candidates(
     rng: np.random.Generator,
     images: np.ndarray,
     image_ids: np.ndarray,
+    brightness: np.float32,
     options: Mapping[str, Any],
     *,
     halvings: int,
@@ -333,6 +369,7 @@ def _candidates(
         _embed_candidates(
             images,
             rng.permuted(positions, axis=1)[:, :each],
+            brightness,
             grid=PatchGrid(options["patch"], options["stride"]),
             components=options["components"],
             halvings=halvings,

@@ -109,8 +109,8 @@ def predict_fn(
     `generator_logits`. All results are float32. Maps and reconstructions are in [0, 1], the latter
     clipped to it. Scores (`peak_over_median`) are at least 0.
     """
-    images = images.astype(jnp.float32) / 255
     params, bank = variables["params"], variables["memory_bank"]
+    images = memory_bank.to_float(images, bank)
     logits, reconstructions = generator_logits(
         params, bank, images, image_ids, generator=generator, options=options
     )
@@ -143,10 +143,10 @@ def detect_fn(
 ) -> Array:
     """Returns the image-level detector's scores [b], float32, at least 0.
 
-    `params` are those of the "detector" and of its "discriminator"; `images` are uint8 [b, h, w,
-    3], `maps` the generator's anomaly maps of them.
+    `params` are those of the "detector" and of its "discriminator", and the generator's
+    "memory_bank"; `images` are uint8 [b, h, w, 3], `maps` the generator's anomaly maps of them.
     """
-    images = images.astype(jnp.float32) / 255
+    images = memory_bank.to_float(images, params["memory_bank"])
     reconstructed = detector.apply({"params": params["detector"]}, images, maps)
     features = partial(discriminator.apply, {"params": params["discriminator"]}, features=True)
     return feature_distance(features(images, maps)[1], features(*reconstructed)[1])

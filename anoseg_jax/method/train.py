@@ -38,6 +38,7 @@ from anoseg_jax.method import (
     thresholds,
     train_state,
 )
+from anoseg_jax.method.memory_bank import MemoryBank
 from anoseg_jax.method.train_state import Arrays, Options, StaticOptions, TrainState
 from anoseg_jax.running import checkpoint, distributed, loop, progress, train_log
 
@@ -66,15 +67,22 @@ def previous_images(images: Array, axis_name: Axis) -> Array:
 
 
 def make_examples(
-    key: Array, batch: Arrays, options: Options, *, static: StaticOptions, axis_name: Axis = None
+    key: Array,
+    batch: Arrays,
+    options: Options,
+    bank: MemoryBank | None,
+    *,
+    static: StaticOptions,
+    axis_name: Axis = None,
 ) -> dict[str, Array]:
     """Makes training examples from good images: augmentation, then synthetic defects.
 
-    `key` is the step's. Returns `good` images [b, h, w, 3] in [0, 1]; the same images with defects,
-    `defective`; their `masks` [b, h, w]; `image_ids` [b]; and, where the discriminator's loss has a
-    gradient penalty, its normal `noise` [b, h, w, 4].
+    `key` is the step's; `bank` gives the brightness (`memory_bank.to_float`). Returns `good` images
+    [b, h, w, 3] in [0, 1]; the same images with defects, `defective`; their `masks` [b, h, w];
+    `image_ids` [b]; and, where the discriminator's loss has a gradient penalty, its normal `noise`
+    [b, h, w, 4].
     """
-    images = batch["image"].astype(jnp.float32) / 255
+    images = memory_bank.to_float(batch["image"], bank)
     split = partial(jax.random.split, num=3)
     keys = jax.vmap(split)(example_keys(key, len(images), axis_name))  # [b, 3]
     augment_image = partial(augment.augment, **options["augment"])
@@ -236,7 +244,9 @@ def train_step(
     """
     step_key = jax.random.fold_in(key, state.step)
     # All examples of this device at once: `accumulate` does not change what is drawn.
-    examples = make_examples(step_key, batch, options, static=static, axis_name=axis_name)
+    examples = make_examples(
+        step_key, batch, options, state.memory_bank, static=static, axis_name=axis_name
+    )
     # Once, outside of gradient and remat: no parameter is in the distances.
     examples["bank_distances"] = bank_distances(
         state, examples["defective"], examples["image_ids"], static=static
@@ -300,7 +310,8 @@ def make_checkpoint_fn(
         rows = np.arange(config.batch_size) % len(held_out)
         batch = {"image": held_out[rows], "image_id": rows.astype(np.int32)}
         key = jax.random.fold_in(step_key, step)
-        examples = jax.device_get(jitted_make_examples(key, batch, options, static=static))
+        examples = jitted_make_examples(key, batch, options, state.memory_bank, static=static)
+        examples = jax.device_get(examples)
         examples = {name: x[:NUM_PANELS] for name, x in examples.items()}
         defective = np.round(255 * examples["defective"]).astype(np.uint8)
         maps, _, reconstructions = predict_fn(variables, defective)

@@ -21,7 +21,7 @@ from anoseg_jax import UsageError, first_line
 
 Manager = ocp.CheckpointManager
 # Version of the arrays in a checkpoint. The record holds it; other versions are refused.
-FORMAT = 4
+FORMAT = 5
 
 
 class CheckpointError(UsageError):

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 def test_a_replay_has_the_losses_weights_and_bank_of_fit(folder, tmp_path):
     config = make_config(STEPS)
     written = json.loads((folder / "replay.json").read_text())
-    assert written["format"] == "anoseg_jax replay 6"
+    assert written["format"] == "anoseg_jax replay 7"
     initial, metadata = torch_weights.load(folder / "initial.safetensors")
     assert metadata["config"] == written["config"] == json.loads(config.to_json())
 
@@ -86,6 +86,7 @@ def test_a_replay_has_the_losses_weights_and_bank_of_fit(folder, tmp_path):
 def test_batches_are_those_of_training_with_image_ids_and_distances(folder):
     config = make_config(STEPS)
     arrays, _ = train.split_images(config, IMAGES)
+    brightness = torch_weights.load(folder / "initial.safetensors")[0]["generator.brightness"]
     expected = batches.train_batches(arrays, 0, batch_size=config.batch_size, seed=config.seed)
     for step, (batch, _) in enumerate(zip(expected, range(STEPS), strict=False), start=1):
         arrays, _ = torch_weights.load(folder / f"batch_{step:05}.safetensors")
@@ -98,7 +99,9 @@ def test_batches_are_those_of_training_with_image_ids_and_distances(folder):
             "bank_distances": ("float32", (4, 2, 16, 24)),
         }
         good = arrays["good"].transpose(0, 2, 3, 1)
-        np.testing.assert_allclose(good, batch["image"] / 255, atol=1e-6)
+        images = batch["image"] / 255
+        scaled = images * brightness / images.mean(axis=(1, 2, 3), keepdims=True)
+        np.testing.assert_allclose(good, scaled.clip(0, 1), atol=1e-6)
         np.testing.assert_array_equal(arrays["image_ids"], batch["image_id"])
 
 

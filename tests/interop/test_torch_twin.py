@@ -227,9 +227,10 @@ def test_the_twins_maps_and_scores_have_the_same_metrics(folder):
         top_fraction=0.01,
     )
     detector_static, _ = detector.split_options(config)
+    bank = jax.tree.map(np.float32, state.memory_bank)
     our_detect = partial(
         predict.detect_fn,
-        params,
+        params | {"memory_bank": bank},
         detector=detector_static.detector,
         discriminator=detector_static.discriminator,
     )
@@ -244,6 +245,7 @@ def test_the_twins_maps_and_scores_have_the_same_metrics(folder):
         images = tensor(images.transpose(0, 3, 1, 2)) / 255
         maps, scores, _ = torch_prediction.predict(twin, images.double(), top_fraction=0.01)
         maps, scores = maps.float(), scores.float()
+        images = twin.match_brightness(images.double()).float()
         detected = torch_prediction.detect(twin_detector, twin_discriminator, images, maps)
         return maps.numpy(), {"map": scores.numpy(), "detector": detected.numpy()}
 

@@ -42,7 +42,7 @@ def test_training_without_a_memory_bank_is_ahead_of_the_trivial_baselines(tmp_pa
     static, options = train_state.split_options(tiny_config.get_config("washer"))
     batch = {"image": np.tile(unseen, (4, 1, 1, 1)), "image_id": np.arange(48, dtype=np.int32)}
     key = jax.random.key(99)
-    examples = jax.device_get(train.jitted_make_examples(key, batch, options, static=static))
+    examples = jax.device_get(train.jitted_make_examples(key, batch, options, None, static=static))
     masks = examples["masks"].astype(bool)
     assert 0.002 < masks.mean() < 0.05
 

@@ -121,7 +121,7 @@ def test_the_bank_has_the_shapes_of_its_template(bank):
 
 
 def test_the_patches_are_those_of_the_image_that_their_id_names(bank):
-    plain = as_float(IMAGES)
+    plain = memory_bank.to_float(IMAGES, bank)
     for scale, images in ((bank.fine, plain), (bank.coarse, memory_bank.halve(plain))):
         x, positions = memory_bank.embed_patches(images, GRID)
         code = np.asarray((x - scale.mean) @ scale.basis)
@@ -132,6 +132,23 @@ def test_the_patches_are_those_of_the_image_that_their_id_names(bank):
             np.testing.assert_allclose(nearest, 0, atol=1e-3)
         assert len(np.unique(scale.patch_image_ids)) > 1
     assert len(np.unique(bank.fine.patches, axis=0)) == OPTIONS["size"]  # none is in it twice
+
+
+def test_photographs_of_another_exposure_become_as_bright_as_the_good_images(bank):
+    assert bank.brightness == pytest.approx(IMAGES.mean() / 255, rel=1e-6)
+    dark = np.full((3, 4, 4, 3), 0.1, np.float32)
+    dark[1, :2] = 0.3
+    dark[2] = 0.9
+    bright = memory_bank.match_brightness(jnp.asarray(dark), 0.4)
+    # Means of 0.1, 0.2, 0.9: four times darker is at most doubled, the second is doubled, the
+    # third divided by 2.25 at most halved.
+    np.testing.assert_allclose(bright[0], 0.2, rtol=1e-5)
+    np.testing.assert_allclose(bright[1, ::2, 0, 0], [0.6, 0.2], rtol=1e-5)
+    np.testing.assert_allclose(bright[2], 0.45, rtol=1e-5)
+    clipped = memory_bank.match_brightness(jnp.asarray(dark[1:2]) * 3, 0.9)
+    np.testing.assert_allclose(clipped[0, ::2, 0, 0], [1.0, 0.45], rtol=1e-5)  # of 1.35, 0.45
+    assert np.isfinite(memory_bank.match_brightness(jnp.zeros((1, 2, 2, 3)), 0.5)).all()
+    np.testing.assert_array_equal(memory_bank.to_float(IMAGES, None), as_float(IMAGES))
 
 
 def test_equal_images_share_the_id_of_the_first():
@@ -186,7 +203,7 @@ def test_calibration_is_of_images_that_are_not_in_the_bank(bank):
     in_bank, in_calibration = memory_bank.split_bank_images(
         ids, num_images=OPTIONS["num_bank_images"], seed=0
     )
-    plain = as_float(IMAGES[in_calibration])
+    plain = memory_bank.to_float(IMAGES[in_calibration], bank)
     for scale, images in ((bank.fine, plain), (bank.coarse, memory_bank.halve(plain))):
         assert set(scale.patch_image_ids) <= set(ids[in_bank])
         raw = np.asarray(distances(scale, images, grid=GRID))
@@ -336,6 +353,27 @@ def test_the_position_counts_by_its_weight(bank):
         assert scale.position_scale == pytest.approx(2 * single.position_scale)
         # The patches of the bank are weighted as those that they are compared with.
         assert np.abs(scale.patches[:, -2:]).max() == pytest.approx(scale.position_scale)
+
+
+def test_a_darker_photograph_is_judged_as_the_same_one_in_the_right_light():
+    images = np.uint8(np.clip(smooth_images(6), 20, 200))
+    images[:, 12:16, 12:16] = 200
+    bank = build(images[1:])
+    generator = models.Generator(width=8, depth=2, latent=8)
+    seen = memory_bank.to_float(images, bank)
+    distances = memory_bank.bank_distances(bank, seen, grid=GRID)
+    params = jax.jit(generator.init)(jax.random.key(0), seen, distances)["params"]
+    predict_fn = partial(
+        predict.predict_fn,
+        {"params": params, "memory_bank": bank},
+        generator=generator,
+        options=predict.BankOptions(GRID, (0.5, 0.25)),
+        top_fraction=0.01,
+    )
+    dark = np.uint8(images // 10 * 8), images // 10 * 10  # the same, but for the exposure
+    (dark_maps, dark_scores, _), (maps, scores, _) = map(jax.jit(predict_fn), dark)
+    np.testing.assert_allclose(dark_maps, maps, atol=1e-4)
+    np.testing.assert_allclose(dark_scores, scores, rtol=1e-3)
 
 
 def test_prediction_adds_the_distances_of_both_scales_to_the_logits():

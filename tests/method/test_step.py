@@ -134,7 +134,7 @@ def test_each_player_follows_its_own_loss_alone(initial):
 
     @jax.jit
     def gradients(g, d):
-        examples = train.make_examples(KEY, BATCH, options, static=static)
+        examples = train.make_examples(KEY, BATCH, options, None, static=static)
         examples["bank_distances"] = None
         loss_fn = partial(train.loss_fn, weights=options["loss"], static=static)
         shared, _ = train.players_gradients(loss_fn, (g, d), examples)

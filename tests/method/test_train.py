@@ -32,7 +32,7 @@ KEY = jax.random.key(7)
 def make_config(**changes):
     config = tiny_config.get_config("bolt")
     config.augment.flip_horizontal = True
-    config.memory_bank.distance_weights = (0.5, 1.0)  # enough to see in scores of six steps
+    config.memory_bank.distance_weights = (1.0, 1.0)  # enough to see in scores of six steps
     config.update_from_flattened_dict(changes)
     return config
 
@@ -139,8 +139,8 @@ def test_a_step_moves_both_players_and_the_average_follows_slowly(before, four_d
 
 def test_the_memory_bank_has_patches_of_the_images_before_augmentation(before):
     """Not of mirrored ones, which training sees as well."""
-    plain = IMAGES / np.float32(255)
     bank = before[2].memory_bank
+    plain = memory_bank.to_float(IMAGES, bank)
     for scale, images in ((bank.fine, plain), (bank.coarse, memory_bank.halve(plain))):
         x, _ = memory_bank.embed_patches(images, before[0].grid)
         codes = (x.reshape(-1, x.shape[-1]) - scale.mean) @ scale.basis
