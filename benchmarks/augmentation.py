@@ -47,12 +47,13 @@ def main(_):
         bank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         state = state.replace(memory_bank=bank)
     state, batch, arrays = jax.device_put((state, batch, arrays))
+    brightness = state.memory_bank and state.memory_bank.brightness
     step = jax.jit(partial(train.train_step, static=static, axis_name=None))
     make_examples = partial(train.jitted_make_examples, static=static)
     timed = [
         (
             seconds(step, state, batch, step_key, arrays),
-            seconds(make_examples, step_key, batch, arrays, state.memory_bank),
+            seconds(make_examples, step_key, batch, arrays, brightness),
         )
         for _ in range(REPEATS.value + 1)
     ]

@@ -38,4 +38,6 @@ def create_training(config: Mapping[str, Any]) -> torch_training.Training:
     for bank in (generator.memory, generator.coarse_memory):
         for array in bank.buffers() if bank is not None else ():
             array += torch.from_numpy(rng.normal(size=array.shape)).to(array.dtype)
+    if generator.memory is not None:
+        generator.brightness.fill_(0.5)
     return torch_training.Training(generator, discriminator, config)

@@ -45,13 +45,18 @@ def predict(
 
 @torch.no_grad()
 def detect(
-    detector: Detector, discriminator: Discriminator, images: Tensor, maps: Tensor
+    generator: Generator,
+    detector: Detector,
+    discriminator: Discriminator,
+    images: Tensor,
+    maps: Tensor,
 ) -> Tensor:
     """Returns the image-level detector's scores [b].
 
     A score is the distance of the observed pair from the reconstructed one in the discriminator's
-    features. `images` are of the brightness of the good images (`Generator.match_brightness`).
+    features. `images` and `maps` are those of `predict` with this generator.
     """
+    images = generator.match_brightness(images)
     observed = discriminator.features(images, maps)
     reconstructed = discriminator.features(*detector(images, maps))
     levels = [

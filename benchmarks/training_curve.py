@@ -61,9 +61,10 @@ def logits_fn(
     top_fraction: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the logits of the maps [b, h, w], weighted distances added, and the scores [b]."""
-    images = memory_bank.to_float(images, variables["memory_bank"])
+    bank = variables["memory_bank"]
+    images = memory_bank.to_float(images, bank and bank.brightness)
     logits, _ = predict.generator_logits(
-        variables["params"], variables["memory_bank"], images, generator=generator, options=options
+        variables["params"], bank, images, generator=generator, options=options
     )
     return logits, predict.peak_over_median(logits, top_fraction)
 

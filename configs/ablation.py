@@ -20,7 +20,8 @@ ROWS = {
     "hard_augmentation": ("paper", 0.0, 0.0, False, 0),
     "adversarial_reconstruction": ("paper", 0.01, 1.0, False, 0),
     "coordinates": ("paper", 0.01, 1.0, True, 0),
-    # What this project adds to the paper's parts: together they are configs/default.py.
+    # What this project adds to the paper's parts: together they are configs/default.py. Images are
+    # scaled to one brightness only with a memory bank.
     "memory_and_more_defects": ("default", 0.01, 1.0, True, 4000),
 }
 

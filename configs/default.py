@@ -93,8 +93,8 @@ def get_config() -> ConfigDict:
 
     # Memory bank (memory_bank.py): good patches at half the image's size and at a quarter. The
     # distances of an image's patches to the nearest of them are an input of the anomaly head, and
-    # prediction adds them to the map. Not part of the paper's method. All values are measured
-    # (docs/lab/experiments.md).
+    # prediction adds them to the map. It also has the brightness that images are scaled to. Not
+    # part of the paper's method. All values are measured (docs/lab/experiments.md).
     config.memory_bank = ConfigDict()
     # Patches at each of the two scales; 0 for no memory bank.
     config.memory_bank.size = 4000

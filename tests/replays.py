@@ -16,7 +16,7 @@ def make_config(num_steps, bank_size=64):
     config.update({"num_steps": num_steps, "checkpoint_every": num_steps, "log_every": 1})
     config.update({"image_size": (32, 48), "memory_bank": {"size": bank_size}})
     config.defects.preset = "plain"
-    config.augment.light = 0.0  # good images are the photographs
+    config.augment.light = 0.0  # good images are the photographs, scaled
     return config
 
 

@@ -56,10 +56,11 @@ def export_fn(folder: Path) -> ExportFn:
     if config["evaluate"]["image_score"] != "detector":
         return maps_and_scores
     saved = checkpoint.restore_newest(folder / "detector" / "checkpoints")
+    bank = variables["memory_bank"]
     params = {
         "detector": saved.state["ema"],
         "discriminator": saved.state["discriminator"],
-        "memory_bank": variables["memory_bank"],
+        "brightness": bank and bank.brightness,
     }
     detector, discriminator = models.create_detector(config["model"], config["detector"])
 

@@ -4,7 +4,6 @@ import numpy as np
 from etils import epath
 
 from anoseg_jax.method import predict
-from anoseg_jax.method.memory_bank import MemoryBank
 from anoseg_jax.running import checkpoint
 from anoseg_jax.running.checkpoint import Saved
 
@@ -19,17 +18,17 @@ class TrainedDetector:
       step: the training step of the checkpoint.
     """
 
-    def __init__(self, saved: Saved, bank: MemoryBank | None, batch_size: int | None = None):
+    def __init__(self, saved: Saved, brightness: np.ndarray | None, batch_size: int | None = None):
         """Places the weights of a checkpoint of `detector.fit` on all devices.
 
-        `bank` is the generator's.
+        `brightness` is that of the generator's memory bank, if it has one.
         """
         state, self.config, self.record, self.step = saved
         self.weights_sha256 = checkpoint.arrays_sha256(state["ema"])
         params = {
             "detector": state["ema"],
             "discriminator": state["discriminator"],
-            "memory_bank": bank,
+            "brightness": brightness,
         }
         self._params = predict.replicate(params)
         self._detect = predict.sharded_detect_fn(self.config, batch_size=batch_size)
@@ -100,7 +99,8 @@ class TrainedModel:
             detector = checkpoint.restore_newest(folder / "detector" / "checkpoints")
             check_generator(self.weights_sha256, folder / "detector", detector.record)
         if detector:
-            self.detector = TrainedDetector(detector, variables["memory_bank"], batch_size)
+            bank = variables["memory_bank"]
+            self.detector = TrainedDetector(detector, bank and bank.brightness, batch_size)
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns maps [b, h, w] and scores [b] of uint8 images; b may be 0.

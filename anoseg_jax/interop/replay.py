@@ -177,13 +177,14 @@ def in_words(config: ConfigDict) -> dict[str, str]:
     }
     if bank.size:
         words["memory_bank"] = (
-            f"{bank.size} patches at each of two scales (generator.memory_bank.fine and .coarse); "
-            "no step changes it. Before augmentation, the good images were scaled to the mean "
-            "generator.brightness. The batches have the standardized distances to both scales as "
-            "bank_distances, averaged over all patches that contain a pixel, those to the coarse "
-            "scale enlarged, leave-one-out by image_ids. The anomaly head's input has the first "
-            f"{config.model.distance_scales} of them. Prediction adds them to the logits, times "
-            f"{bank.distance_weights[0]:g} and {bank.distance_weights[1]:g}"
+            f"{bank.size} patches at each of two scales (generator.memory and .coarse_memory); no "
+            "step changes it. Each good image was scaled to the mean generator.brightness, by a "
+            "factor from 0.5 to 2, and clipped to [0, 1], before augmentation; prediction does "
+            "the same with the images that it gets. The batches have the standardized distances "
+            "to both scales as bank_distances, averaged over all patches that contain a pixel, "
+            "those to the coarse scale enlarged, leave-one-out by image_ids. The anomaly head's "
+            f"input has the first {config.model.distance_scales} of them. Prediction adds them to "
+            f"the logits, times {bank.distance_weights[0]:g} and {bank.distance_weights[1]:g}"
         )
     return words
 
@@ -200,6 +201,7 @@ def export(config: ConfigDict, images: np.ndarray, folder: Path) -> None:
     metadata = {"config": json.loads(config.to_json())}
     torch_weights.save(folder / "initial.safetensors", by_name(state, {})["weights"], metadata)
 
+    brightness = state.memory_bank and state.memory_bank.brightness
     run_step = jax.jit(partial(step, static=static))
     bank_distances = jax.jit(partial(train.bank_distances, static=static))
     train_batches = batches.train_batches(arrays, 0, batch_size=config.batch_size, seed=config.seed)
@@ -207,7 +209,7 @@ def export(config: ConfigDict, images: np.ndarray, folder: Path) -> None:
     for number, batch in zip(range(1, config.num_steps + 1), train_batches, strict=False):
         # As in train.train_step, but the examples are fetched before the step runs on them.
         key = jax.random.fold_in(step_key, number - 1)
-        examples = train.jitted_make_examples(key, batch, options, state.memory_bank, static=static)
+        examples = train.jitted_make_examples(key, batch, options, brightness, static=static)
         examples["bank_distances"] = bank_distances(
             state, examples["defective"], examples["image_ids"]
         )

@@ -169,7 +169,9 @@ def import_checkpoint(path: Path, folder: Path) -> None:
     arrays, metadata = load(path)
     if "config" not in metadata:
         raise WeightsError(f"{path}: no config among its metadata: add that run's config.json")
-    if "position_weight" not in metadata["config"].get("memory_bank", {}):
+    written_as = metadata.get("record", {}).get("format", checkpoint.FORMAT)
+    has_options = "position_weight" in metadata["config"].get("memory_bank", {})
+    if written_as != checkpoint.FORMAT or not has_options:
         raise WeightsError(
             f"{path} was written by an older version of anoseg_jax, which this one cannot read: "
             "train again and export the new weights"

@@ -116,13 +116,14 @@ def make_examples(
     images to be scored later are not. `options` also has the generator's `params` and
     `memory_bank`.
     """
-    images = memory_bank.to_float(batch["image"], options["memory_bank"])
+    bank = options["memory_bank"]
+    images = memory_bank.to_float(batch["image"], bank and bank.brightness)
     keys = train.example_keys(key, len(images), axis_name)
     augment_keys, noise_keys = jax.vmap(jax.random.split)(keys).swapaxes(0, 1)
     images = jax.vmap(partial(augment.augment, **options["augment"]))(augment_keys, images)
     logits, _ = predict.generator_logits(
         options["params"],
-        options["memory_bank"],
+        bank,
         images,
         batch["image_id"],
         generator=static.generator,
@@ -213,7 +214,7 @@ def flops_per_image(static: StaticOptions, state: DetectorState, size: tuple[int
     params = {
         "detector": state.detector,
         "discriminator": state.discriminator,
-        "memory_bank": None,
+        "brightness": None,
     }
     score = partial(predict.detect_fn, detector=static.detector, discriminator=static.discriminator)
     return models.count_flops(score, params, images, maps)
@@ -257,6 +258,7 @@ def make_checkpoint_fn(
 
     `variables` are the generator's, see `predict.predict_fn`.
     """
+    bank = variables["memory_bank"]
     predict_fn = predict.sharded_predict_fn(config)
     detect_fn = predict.sharded_detect_fn(config)
 
@@ -265,7 +267,7 @@ def make_checkpoint_fn(
         params = {
             "detector": state.ema,
             "discriminator": state.discriminator,
-            "memory_bank": variables["memory_bank"],
+            "brightness": bank and bank.brightness,
         }
         params = predict.replicate(params)
 

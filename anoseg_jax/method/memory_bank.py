@@ -21,7 +21,7 @@ from jax import Array
 from threadpoolctl import threadpool_limits
 
 CLIP = (-3.0, 10.0)  # of standardized distances: one patch must not outweigh all others
-MAX_EXPOSURE = 2.0  # largest factor by which images are made brighter
+MAX_EXPOSURE = 2.0  # images are made brighter or darker by at most this factor
 # Differences of large numbers: products in float32, also where the default is TF32 or bfloat16.
 _exact_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -63,9 +63,12 @@ class PatchBank:
 
 @flax.struct.dataclass
 class MemoryBank:
-    """Patches at half the image's size (`fine`) and at a quarter (`coarse`), and `brightness`.
+    """Patches at two scales, and the brightness that images are scaled to before they are compared.
 
-    The latter is the mean of all good images that are trained on, float32 in [0, 1].
+    Attributes:
+      fine: patches at half the image's size.
+      coarse: patches at a quarter.
+      brightness: mean of all good images that are trained on, float32 in [0, 1].
     """
 
     fine: PatchBank
@@ -75,8 +78,11 @@ class MemoryBank:
 
 def from_dicts(saved: Mapping[str, Any] | None) -> MemoryBank | None:
     """Returns the bank of a checkpoint's nested dicts; None if it has none."""
-    scales = ("fine", "coarse")
-    return saved and MemoryBank(**(saved | {scale: PatchBank(**saved[scale]) for scale in scales}))
+    return saved and MemoryBank(
+        fine=PatchBank(**saved["fine"]),
+        coarse=PatchBank(**saved["coarse"]),
+        brightness=saved["brightness"],
+    )
 
 
 def template(options: Mapping[str, Any], channels: int = 3) -> MemoryBank:
@@ -107,10 +113,10 @@ def match_brightness(images: Array, brightness: Array) -> Array:
     return jnp.clip(images * jnp.clip(factors, 1 / MAX_EXPOSURE, MAX_EXPOSURE), 0, 1)
 
 
-def to_float(images: Array, bank: MemoryBank | None) -> Array:
-    """Returns uint8 images as float32 in [0, 1]; with a bank, as bright as its good images."""
+def to_float(images: Array, brightness: Array | None) -> Array:
+    """Returns uint8 images as float32 in [0, 1], scaled to `brightness` unless it is None."""
     images = images.astype(jnp.float32) / 255
-    return images if bank is None else match_brightness(images, bank.brightness)
+    return images if brightness is None else match_brightness(images, brightness)
 
 
 def halve(images: Array) -> Array:
@@ -253,7 +259,7 @@ def _embed_candidates(
 
     def embed_chosen(args: tuple[Array, Array]) -> tuple[Array, Array]:
         image, index = args
-        image = match_brightness(image[None].astype(jnp.float32) / 255, brightness)
+        image = to_float(image[None], brightness)
         for _ in range(halvings):
             image = halve(image)
         x, positions = embed_patches(image, grid)
@@ -316,7 +322,7 @@ def build(
     """Builds the memory bank; train.py broadcasts it, as last bits can differ between CPUs.
 
     Args:
-      images: good images that are trained on, as they are: augmentation blurs them, and those to be
+      images: good images that are trained on, without augmentation: it blurs them, and those to be
         judged are not blurred. uint8 [n, h, w, 3].
       image_ids: int32 [n].
       seed: of the split and of the candidates.
@@ -327,10 +333,9 @@ def build(
         image_ids, num_images=options["num_bank_images"], seed=seed
     )
     distinct = np.unique(image_ids, return_index=True)[1]
-    means = np.mean(images, axis=(1, 2, 3), dtype=np.float64) / 255
-    brightness = np.float32(means[distinct].mean())
-    calibration = np.float32(images[in_calibration]) / 255
-    scales, calibration = [], jax.jit(match_brightness)(calibration, brightness)
+    brightness = np.float32(images.mean(axis=(1, 2, 3))[distinct].mean() / 255)
+    calibration = jax.jit(to_float)(images[in_calibration], brightness)
+    scales = []
     for halvings in (0, 1):
         rng = np.random.default_rng([seed, 0, 3 + halvings])
         bank = _candidates(

@@ -84,8 +84,8 @@ def generator_logits(
 ) -> tuple[Array, Array]:
     """Returns the logits of the anomaly maps [b, h, w] and the reconstructions [b, h, w, 3].
 
-    `images` are float [b, h, w, 3] in [0, 1]. If they may be in the bank, give their `image_ids`
-    int32 [b]: distances are then leave-one-out.
+    `images` are float [b, h, w, 3] in [0, 1], of the bank's brightness (`memory_bank.to_float`). If
+    they may be in the bank, give their `image_ids` int32 [b]: distances are then leave-one-out.
     """
     if bank is None:
         return generator.apply({"params": params}, images)
@@ -110,7 +110,7 @@ def predict_fn(
     clipped to it. Scores (`peak_over_median`) are at least 0.
     """
     params, bank = variables["params"], variables["memory_bank"]
-    images = memory_bank.to_float(images, bank)
+    images = memory_bank.to_float(images, bank and bank.brightness)
     logits, reconstructions = generator_logits(
         params, bank, images, image_ids, generator=generator, options=options
     )
@@ -143,10 +143,10 @@ def detect_fn(
 ) -> Array:
     """Returns the image-level detector's scores [b], float32, at least 0.
 
-    `params` are those of the "detector" and of its "discriminator", and the generator's
-    "memory_bank"; `images` are uint8 [b, h, w, 3], `maps` the generator's anomaly maps of them.
+    `params` are those of the "detector" and of its "discriminator", and the "brightness" of the
+    generator's memory bank, or None; `images` are uint8 [b, h, w, 3], `maps` the generator's.
     """
-    images = memory_bank.to_float(images, params["memory_bank"])
+    images = memory_bank.to_float(images, params["brightness"])
     reconstructed = detector.apply({"params": params["detector"]}, images, maps)
     features = partial(discriminator.apply, {"params": params["discriminator"]}, features=True)
     return feature_distance(features(images, maps)[1], features(*reconstructed)[1])

@@ -38,7 +38,6 @@ from anoseg_jax.method import (
     thresholds,
     train_state,
 )
-from anoseg_jax.method.memory_bank import MemoryBank
 from anoseg_jax.method.train_state import Arrays, Options, StaticOptions, TrainState
 from anoseg_jax.running import checkpoint, distributed, loop, progress, train_log
 
@@ -70,19 +69,19 @@ def make_examples(
     key: Array,
     batch: Arrays,
     options: Options,
-    bank: MemoryBank | None,
+    brightness: Array | None,
     *,
     static: StaticOptions,
     axis_name: Axis = None,
 ) -> dict[str, Array]:
     """Makes training examples from good images: augmentation, then synthetic defects.
 
-    `key` is the step's; `bank` gives the brightness (`memory_bank.to_float`). Returns `good` images
-    [b, h, w, 3] in [0, 1]; the same images with defects, `defective`; their `masks` [b, h, w];
+    `key` is the step's, `brightness` the memory bank's, if there is one. Returns `good` images [b,
+    h, w, 3] in [0, 1]; the same images with defects, `defective`; their `masks` [b, h, w];
     `image_ids` [b]; and, where the discriminator's loss has a gradient penalty, its normal `noise`
     [b, h, w, 4].
     """
-    images = memory_bank.to_float(batch["image"], bank)
+    images = memory_bank.to_float(batch["image"], brightness)
     split = partial(jax.random.split, num=3)
     keys = jax.vmap(split)(example_keys(key, len(images), axis_name))  # [b, 3]
     augment_image = partial(augment.augment, **options["augment"])
@@ -244,8 +243,9 @@ def train_step(
     """
     step_key = jax.random.fold_in(key, state.step)
     # All examples of this device at once: `accumulate` does not change what is drawn.
+    brightness = state.memory_bank and state.memory_bank.brightness
     examples = make_examples(
-        step_key, batch, options, state.memory_bank, static=static, axis_name=axis_name
+        step_key, batch, options, brightness, static=static, axis_name=axis_name
     )
     # Once, outside of gradient and remat: no parameter is in the distances.
     examples["bank_distances"] = bank_distances(
@@ -310,7 +310,8 @@ def make_checkpoint_fn(
         rows = np.arange(config.batch_size) % len(held_out)
         batch = {"image": held_out[rows], "image_id": rows.astype(np.int32)}
         key = jax.random.fold_in(step_key, step)
-        examples = jitted_make_examples(key, batch, options, state.memory_bank, static=static)
+        brightness = jax.device_get(state.memory_bank and state.memory_bank.brightness)
+        examples = jitted_make_examples(key, batch, options, brightness, static=static)
         examples = jax.device_get(examples)
         examples = {name: x[:NUM_PANELS] for name, x in examples.items()}
         defective = np.round(255 * examples["defective"]).astype(np.uint8)

@@ -227,10 +227,9 @@ def test_the_twins_maps_and_scores_have_the_same_metrics(folder):
         top_fraction=0.01,
     )
     detector_static, _ = detector.split_options(config)
-    bank = jax.tree.map(np.float32, state.memory_bank)
     our_detect = partial(
         predict.detect_fn,
-        params | {"memory_bank": bank},
+        params | {"brightness": np.float32(state.memory_bank.brightness)},
         detector=detector_static.detector,
         discriminator=detector_static.discriminator,
     )
@@ -245,20 +244,22 @@ def test_the_twins_maps_and_scores_have_the_same_metrics(folder):
         images = tensor(images.transpose(0, 3, 1, 2)) / 255
         maps, scores, _ = torch_prediction.predict(twin, images.double(), top_fraction=0.01)
         maps, scores = maps.float(), scores.float()
-        images = twin.match_brightness(images.double()).float()
-        detected = torch_prediction.detect(twin_detector, twin_discriminator, images, maps)
+        detected = torch_prediction.detect(twin, twin_detector, twin_discriminator, images, maps)
         return maps.numpy(), {"map": scores.numpy(), "detector": detected.numpy()}
 
+    images = IMAGES.copy()
+    images[0] //= 4  # more than the largest factor of the brightness makes up for
+    images[1] = 255 - images[1] // 4
     batch = {
-        "image": IMAGES,
-        "mask": np.zeros(IMAGES.shape[:3], np.uint8),
+        "image": images,
+        "mask": np.zeros(images.shape[:3], np.uint8),
         "label": np.arange(8) // 4,
         "has_mask": np.ones(8, bool),
         "defect_type": np.array(["good", "hole"])[np.arange(8) // 4],
         "name": np.array([f"test/{i}.png" for i in range(8)]),
     }
     batch["mask"][4:, 4:12, 8:20] = 1
-    (ours_maps, ours_scores), (twin_maps, twin_scores) = (f(IMAGES) for f in (of_ours, of_twin))
+    (ours_maps, ours_scores), (twin_maps, twin_scores) = (f(images) for f in (of_ours, of_twin))
     np.testing.assert_allclose(twin_maps, ours_maps, atol=1e-5)
     for kind in ours_scores:
         np.testing.assert_allclose(twin_scores[kind], ours_scores[kind], rtol=1e-4, err_msg=kind)

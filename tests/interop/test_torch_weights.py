@@ -157,7 +157,8 @@ def test_an_imported_state_has_the_structure_of_a_trained_one(tmp_path):
     [
         ("no file", "not a safetensors file"),
         ("no config", "no config among its metadata"),
-        ("old", "was written by an older version of anoseg_jax"),
+        ("old options", "was written by an older version of anoseg_jax"),
+        ("old format", "was written by an older version of anoseg_jax"),
         ("no generator_sha256", "no record with generator_sha256"),
         ("used", "has checkpoints: name a folder without"),
     ],
@@ -170,10 +171,13 @@ def test_a_file_or_folder_that_cannot_be_used_is_refused_in_one_line(
         path.write_text("text")
     elif case == "no config":
         torch_weights.save(path, {"generator.x": np.zeros(1)}, {})
-    elif case == "old":
+    elif case == "old options":
         del config["memory_bank"]
         config["model"]["memory"] = 64
         torch_weights.save(path, {"generator.x": np.zeros(1)}, {"config": config})
+    elif case == "old format":
+        metadata = {"config": config, "record": {"format": checkpoint.FORMAT - 1}}
+        torch_weights.save(path, {"generator.x": np.zeros(1)}, metadata)
     else:
         write(path, random_like(detector_template()))
     if case == "used":

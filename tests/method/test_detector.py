@@ -78,7 +78,7 @@ def test_a_pair_that_is_reconstructed_exactly_scores_zero(trained):
             return images, maps
 
     discriminator = models.create_discriminator(make_config().model)
-    params = {"detector": {}, "discriminator": trained.state["discriminator"], "memory_bank": None}
+    params = {"detector": {}, "discriminator": trained.state["discriminator"], "brightness": None}
     maps = jnp.full((4, 32, 32), 0.3)
     scores = predict.detect_fn(
         params, IMAGES[:4], maps, detector=Copy(), discriminator=discriminator

@@ -140,7 +140,7 @@ def test_a_step_moves_both_players_and_the_average_follows_slowly(before, four_d
 def test_the_memory_bank_has_patches_of_the_images_before_augmentation(before):
     """Not of mirrored ones, which training sees as well."""
     bank = before[2].memory_bank
-    plain = memory_bank.to_float(IMAGES, bank)
+    plain = memory_bank.to_float(IMAGES, bank.brightness)
     for scale, images in ((bank.fine, plain), (bank.coarse, memory_bank.halve(plain))):
         x, _ = memory_bank.embed_patches(images, before[0].grid)
         codes = (x.reshape(-1, x.shape[-1]) - scale.mean) @ scale.basis
