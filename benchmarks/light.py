@@ -1,11 +1,13 @@
-"""Measures how much of the image AUROC comes from good test images unlike good training images.
+"""Measures what the light does to a model: how it differs between the splits, and if it changes.
 
 python benchmarks/light.py --config=configs/cpu.py:screw --config.data_dir=DIR --workdir=W
 
-For a finished run in W with the same config. Prints a table of AUROCs, for the image's mean
-brightness and contrast, the PCA baseline and the model: of defective test images against good ones
-(the image AUROC), of defective test images against good images that were held out of training, and
-of good test images against those. Where the last is far from 0.5, the first also measures light.
+For a finished run in W with the same config. Prints two tables. The first has AUROCs, for the
+image's mean brightness and contrast, the PCA baseline and the model: of defective test images
+against good ones (the image AUROC), of defective test images against good images that were held out
+of training, and of good test images against those. Where the last is far from 0.5, the first also
+measures light. The second has the model's image AUROC and what is flagged at its image threshold if
+the light of all test images changes.
 """
 
 import sys
@@ -30,6 +32,18 @@ from data import sources  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Options of the run.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+
+
+# Changes of the light: images in [0, 1] and their means to images.
+CHANGES = {
+    "as they are": lambda images, means: images,
+    "gamma 1.1": lambda images, means: images**1.1,
+    "gamma 0.9": lambda images, means: images**0.9,
+    "10 % more contrast": lambda images, means: means + 1.1 * (images - means),
+    "10 % less contrast": lambda images, means: means + 0.9 * (images - means),
+    "10 % darker": lambda images, means: 0.9 * images,
+    "3 % more red": lambda images, means: images * np.array([1.03, 1, 1]),
+}
 
 
 def auroc(lower: np.ndarray, higher: np.ndarray) -> str:
@@ -69,6 +83,17 @@ def main(_):
             good, defective = of_test[test["label"] == 0], of_test[test["label"] == 1]
             pairs = (good, defective), (of_held_out, defective), (of_held_out, good)
             print(name, *(auroc(*pair) for pair in pairs), sep=" | ")
+
+        threshold = predictor.record["thresholds"]["image"]["threshold"]
+        images, is_defective = test["image"] / 255.0, test["label"] == 1
+        means = images.mean(axis=(1, 2, 3), keepdims=True)
+        print(f"\n{category}, if the light changes | image AUROC | good flagged | defective found")
+        for name, change in CHANGES.items():
+            changed = (255 * change(images, means).clip(0, 1)).round().astype(np.uint8)
+            of_test = predictor(changed)[1]
+            good, defective = of_test[~is_defective], of_test[is_defective]
+            flagged = (f"{np.mean(x >= threshold):.3f}" for x in (good, defective))
+            print(name, auroc(good, defective), *flagged, sep=" | ")
 
 
 if __name__ == "__main__":
