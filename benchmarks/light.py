@@ -22,7 +22,10 @@ from sklearn.metrics import roc_auc_score
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from anoseg_jax import options  # noqa: E402
 from anoseg_jax.deploy.trained_model import TrainedModel  # noqa: E402
-from anoseg_jax.evaluation import baselines
+from anoseg_jax.evaluation import (
+    baselines,  # noqa: E402
+    evaluate,
+)
 from anoseg_jax.images import (
     batches,  # noqa: E402
     input_pipeline,
@@ -84,16 +87,20 @@ def main(_):
             pairs = (good, defective), (of_held_out, defective), (of_held_out, good)
             print(name, *(auroc(*pair) for pair in pairs), sep=" | ")
 
-        threshold = predictor.record["thresholds"]["image"]["threshold"]
-        images, is_defective = test["image"] / 255.0, test["label"] == 1
+        threshold = predictor.record["thresholds"]["image"]
+        if threshold["threshold"] is None:
+            print(f"{category}: no image threshold, {threshold['how']}: light not changed")
+            continue
+        images, labels = test["image"] / 255, test["label"]
         means = images.mean(axis=(1, 2, 3), keepdims=True)
-        print(f"\n{category}, if the light changes | image AUROC | good flagged | defective found")
+        print(f"\n{category}, if the light changes | image AUROC | false alarms | defective found")
         for name, change in CHANGES.items():
             changed = (255 * change(images, means).clip(0, 1)).round().astype(np.uint8)
             of_test = predictor(changed)[1]
-            good, defective = of_test[~is_defective], of_test[is_defective]
-            flagged = (f"{np.mean(x >= threshold):.3f}" for x in (good, defective))
-            print(name, auroc(good, defective), *flagged, sep=" | ")
+            verdicts = evaluate.image_verdicts(of_test, labels, threshold["threshold"])
+            false_alarms = verdicts["false_alarms"] / verdicts["good_images"]
+            rates = f"{false_alarms:.3f} | {verdicts['recall']:.3f}"
+            print(name, auroc(of_test[labels == 0], of_test[labels == 1]), rates, sep=" | ")
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def get_config() -> ConfigDict:
     config.augment.rotation = 0.0  # degrees, either way
     config.augment.shift = 0.0  # of height and width, either way
     # Of gamma and contrast, relative, either way; half of it of brightness. Photographs of one part
-    # differ from day to day. Larger changes teach the anomaly head to overlook faint defects.
+    # differ from day to day. Larger changes cost AP (docs/lab/experiments.md, 69 and 83).
     config.augment.light = 0.02
 
     # By category: options of this file that differ there, for example
